@@ -1,0 +1,52 @@
+# Everything a user or a developer runs goes through here; `make help` lists it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Flower looks up updates and reports usage by default; a hospital's software does neither.
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: help install demo test check lint types imports doctests clean
+
+help:
+	@echo "make demo     install, then run one whole study on real patients (under two minutes)"
+	@echo "make test     install, then run the tests"
+	@echo "make check    style, types, import contract, doctests and tests"
+	@echo "make clean    remove the environment and caches (results in runs/ stay)"
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev,ray]'
+	touch $@
+
+install: $(VENV)/.installed
+
+demo: $(VENV)/.installed
+	$(BIN)/consilium simulate deploy/examples/wisconsin.toml --run runs/demo --replace
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+imports: $(VENV)/.installed-dev
+	$(BIN)/lint-imports
+
+doctests: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --doctest-modules common client server simulations
+
+check: lint types imports doctests test
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build

@@ -1,0 +1,1 @@
+"""What coordinator and hospital must agree on. Imports neither of them."""

@@ -1,0 +1,1 @@
+"""Privacy: units and relations, mechanisms, plans and accounting."""

@@ -1,0 +1,127 @@
+"""Where random numbers come from, and which of them are secret.
+
+Noise and the choice of who is sampled protect patients: whoever can predict them can subtract
+them. They come from an AES-256-CTR keystream under the hospital's own secret key. Public choices
+(initial weights, the split of public data) come from ordinary seeded generators elsewhere.
+
+A release's keystream is *derived from everything the release depends on* (study, stage, round,
+incoming model, cohort). Asking again for the very same release gives the very same bytes, which
+reveals nothing new; any difference in the question gives independent noise, so two answers can
+never be subtracted to cancel it. HKDF and CTR make these streams indistinguishable from
+independent ones for anyone without the key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from numpy.typing import NDArray
+
+_KEY_BYTES = 32
+
+
+class Stream:
+    """A keystream turned into uniforms and normals. Draws advance it; it never rewinds."""
+
+    def __init__(self, key: bytes) -> None:
+        """``key``: 32 bytes, used for this stream alone (the CTR nonce is zero)."""
+        if len(key) != _KEY_BYTES:
+            raise ValueError(f"expected a key of {_KEY_BYTES} bytes, found {len(key)}")
+        self._keystream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+
+    def uniform(self, count: int) -> NDArray[np.float64]:
+        """``count`` uniforms in [0, 1) with 53 random bits each."""
+        words = np.frombuffer(self._keystream.update(bytes(8 * count)), dtype="<u8")
+        return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+    def normal(self, count: int) -> NDArray[np.float64]:
+        """``count`` independent standard normals (Box & Muller 1958)."""
+        pairs = (count + 1) // 2
+        uniforms = self.uniform(2 * pairs)
+        # 1 - u is in (0, 1], where the logarithm is finite.
+        radius = np.sqrt(-2.0 * np.log1p(-uniforms[:pairs]))
+        angle = (2.0 * math.pi) * uniforms[pairs:]
+        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+
+
+class NoiseSource(Protocol):
+    """Gives the stream of one release."""
+
+    @property
+    def is_secret(self) -> bool:
+        """Whether a guarantee may rest on it."""
+        ...
+
+    def stream(self, *context: bytes | str | int) -> Stream:
+        """The keystream bound to ``context``, which must name all the release depends on."""
+        ...
+
+
+@dataclass(frozen=True)
+class SecretNoise:
+    """The source of every real release: a 256-bit key that never leaves its hospital."""
+
+    key: bytes
+
+    @classmethod
+    def generate(cls) -> SecretNoise:
+        """A new key from the operating system."""
+        return cls(secrets.token_bytes(_KEY_BYTES))
+
+    @property
+    def is_secret(self) -> bool:
+        """True: the key is known to this hospital only."""
+        return True
+
+    def __repr__(self) -> str:
+        """Never the key: representations end up in logs."""
+        return "SecretNoise(key=…)"
+
+    def stream(self, *context: bytes | str | int) -> Stream:
+        """The keystream bound to ``context`` (HKDF-SHA256, RFC 5869)."""
+        return Stream(_derive(self.key, context))
+
+
+@dataclass(frozen=True)
+class SeededNoise:
+    """For tests and exact reruns on public data: anyone with the seed can remove the noise.
+
+    A release made with it carries no guarantee, and the privacy statement says so.
+    ``owner`` keeps hospitals apart: one seed must never give two hospitals the same noise.
+    """
+
+    seed: int
+    owner: str
+
+    @property
+    def is_secret(self) -> bool:
+        """False: no guarantee may rest on a seed."""
+        return False
+
+    def stream(self, *context: bytes | str | int) -> Stream:
+        """The keystream bound to the seed, the owner and ``context``."""
+        key = hashlib.sha256(f"consilium test noise {self.seed}".encode()).digest()
+        return Stream(_derive(key, (self.owner, *context)))
+
+
+def _derive(key: bytes, context: tuple[bytes | str | int, ...]) -> bytes:
+    """One key per context; parts are typed and length-prefixed so that no two contexts collide."""
+    if not context:
+        raise ValueError("a stream needs a context: name all that the release depends on")
+    parts = bytearray(b"consilium-stream-v1")
+    for part in context:
+        kind, data = (b"b", part) if isinstance(part, bytes) else (
+            (b"s", part.encode()) if isinstance(part, str) else (b"i", str(part).encode())
+        )
+        parts += kind + len(data).to_bytes(8, "big") + data
+    return HKDF(algorithm=hashes.SHA256(), length=_KEY_BYTES, salt=None, info=bytes(parts)).derive(
+        key
+    )
