@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.dictionary import Column, Dictionary
+from common.errors import MessageError
 from common.tables import Table
 
 # Inputs are held within this many standard deviations, so that one implausible value cannot
@@ -35,9 +36,7 @@ class Scaling:
 def range_scaling(dictionary: Dictionary) -> Scaling:
     """Scaling from the dictionary's ``typical`` values, else from its plausible ranges."""
     return Scaling({
-        column.name: column.typical or _from_range(column)
-        for column in dictionary.columns
-        if column.kind == "numeric"
+        column.name: column.typical or _from_range(column) for column in _numeric(dictionary)
     })
 
 
@@ -49,6 +48,66 @@ def corpus_scaling(table: Table) -> Scaling:
         if len(seen) > 1 and seen.std() > 0:
             moments[name] = (float(seen.mean()), float(seen.std()))
     return Scaling(moments)
+
+
+def scaling_tensor(dictionary: Dictionary, scaling: Scaling) -> Tensor:
+    """Means and standard deviations [numeric columns, 2], in the dictionary's order."""
+    rows = [scaling.moments[column.name] for column in _numeric(dictionary)]
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 2).float()
+
+
+def scaling_from_tensor(dictionary: Dictionary, moments: Tensor) -> Scaling:
+    """The inverse of :func:`scaling_tensor`; raises MessageError on a wrong shape or spread."""
+    columns = _numeric(dictionary)
+    if moments.shape != (len(columns), 2) or bool((moments[:, 1] <= 0).any()):
+        raise MessageError(
+            f"scaling: expected {len(columns)} means and positive standard deviations, "
+            f"found shape {tuple(moments.shape)}"
+        )
+    pairs = moments.double().tolist()
+    return Scaling({column.name: (mean, std) for column, (mean, std) in zip(
+        columns, pairs, strict=True)})
+
+
+def moment_contributions(table: Table) -> Tensor:
+    """What each record adds to a private estimate of the scaling: [rows, numeric columns · 3].
+
+    Value, square and presence of each column, with values scaled to [-1, 1] by the dictionary's
+    range, so that every entry is bounded by 1. Missing values add zeros.
+    """
+    blocks = []
+    for column in _numeric(table.dictionary):
+        low, high = column.range or (0.0, 1.0)
+        scaled = (table.values[column.name] - (low + high) / 2) / ((high - low) / 2)
+        seen = ~np.isnan(scaled)
+        scaled = np.where(seen, np.clip(scaled, -1, 1), 0.0)
+        blocks.append(np.stack([scaled, scaled**2, seen.astype(np.float64)], axis=1))
+    return torch.from_numpy(np.concatenate(blocks, axis=1)).float()
+
+
+def private_scaling(dictionary: Dictionary, sums: Tensor, noise_std: float) -> Scaling:
+    """Scaling from noised sums [numeric columns, 3]; post-processing, so free.
+
+    A column seen less often than the noise could explain keeps its range's scaling.
+    """
+    moments = dict(range_scaling(dictionary).moments)
+    for column, (value, square, presence) in zip(
+        _numeric(dictionary), sums.double().tolist(), strict=True
+    ):
+        if presence <= 4 * noise_std:
+            continue
+        low, high = column.range or (0.0, 1.0)
+        mean = min(1.0, max(-1.0, value / presence))
+        variance = square / presence - mean**2
+        # Between 1/50 and the whole of the half-range: noise must not blow a column up.
+        std = min(1.0, max(0.02, variance)) ** 0.5 if variance > 0 else 1 / _RANGE_IN_STDS
+        half = (high - low) / 2
+        moments[column.name] = ((low + high) / 2 + mean * half, max(std, 0.02) * half)
+    return Scaling(moments)
+
+
+def _numeric(dictionary: Dictionary) -> list[Column]:
+    return [column for column in dictionary.columns if column.kind == "numeric"]
 
 
 def _from_range(column: Column) -> tuple[float, float]:

@@ -181,6 +181,7 @@ class FederationSpec(Strict):
     weighting: Literal["declared", "uniform"] = "declared"
     tail_average: Annotated[float, Field(ge=0, le=1)] = 0.0
     minimum_hospitals: Count = 2
+    round_timeout_s: Positive = 3600.0
 
     @model_validator(mode="after")
     def _mu_belongs_to_fedprox(self) -> Self:

@@ -66,11 +66,17 @@ class StepPlan:
         """Indices of the units in this step, [≤ units]."""
         return poisson_sample(stream, units, self.sampling_rate)
 
-    def release(self, contributions: Tensor, stream: Stream) -> Tensor:
-        """The step's noised sum [d] from per-unit contributions [units, d]."""
-        if not self.private:
-            return contributions.sum(dim=0)
-        return add_gaussian(clip_sum(contributions, self.clip_norm), stream, self.noise_std)
+    def clipped_sum(self, contributions: Tensor) -> Tensor:
+        """Sum [d] of per-unit contributions [units, d], each clipped once.
+
+        Sums over parts of a batch add up to the sum over the batch: a large batch is taken in
+        chunks, as long as no unit is split over two of them.
+        """
+        return clip_sum(contributions, self.clip_norm)
+
+    def noised(self, total: Tensor, stream: Stream) -> Tensor:
+        """The releasable sum [d]: ``total`` plus this step's noise."""
+        return add_gaussian(total, stream, self.noise_std)
 
 
 def combine_records(gradients: Tensor, owners: Tensor, units: int) -> Tensor:

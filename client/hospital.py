@@ -1,0 +1,165 @@
+"""A hospital as its own software sees it: its data, its secret noise, what it says in public."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+
+from common.dictionary import Strict
+from common.errors import DataError
+from common.features import FeatureMap
+from common.learning.records import Records
+from common.privacy.units import PrivacyUnit
+from common.randomness import NoiseSource, SecretNoise, SeededNoise
+from common.sources import SourceSpec
+from common.study import EvaluationSpec, Study, load_study, parse_strict
+from common.tables import Table, read_table
+
+
+@dataclass(frozen=True)
+class Hospital:
+    """Everything a round needs at one hospital.
+
+    ``train`` and ``test`` hold different patients. ``declared_patients`` is public: the hospital's
+    own rounded word, used to weigh and to divide, never its true count.
+    """
+
+    name: str
+    study: Study
+    train: Table
+    test: Table
+    declared_patients: int
+    noise: NoiseSource
+    cohort_digest: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        """Fix the digest that binds noise to these very rows."""
+        if not self.cohort_digest:
+            object.__setattr__(self, "cohort_digest", _digest(self.train))
+
+    def training_records(self, features: FeatureMap) -> Records:
+        """The training records by privacy unit, labels as targets."""
+        owners, units = units_of(self.train, self.study.privacy.unit)
+        return Records(
+            inputs=features.encode(self.train),
+            targets=torch.from_numpy(self.train.labels),
+            owners=torch.from_numpy(owners),
+            units=units,
+        )
+
+
+class HospitalFile(Strict):
+    """``hospital.toml``: which data, under which name, with which public size.
+
+    ``noise_key_file``: 32 secret bytes beside this file, made on first use.
+    """
+
+    name: str = Field(min_length=1)
+    study: str = Field(min_length=1)
+    declared_patients: int = Field(ge=1)
+    source: SourceSpec
+    noise_key_file: str = "noise.key"
+
+
+def open_hospital(folder: Path, *, noise_seed: int | None = None) -> Hospital:
+    """The hospital described by ``folder/hospital.toml``.
+
+    ``noise_seed`` replaces the secret noise by test noise, which protects nobody.
+    """
+    path = folder / "hospital.toml"
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; a hospital's folder needs one") from None
+    except tomllib.TOMLDecodeError as error:
+        raise DataError(f"{path}: not valid TOML: {error}") from None
+    settings = parse_strict(HospitalFile, tree, origin=str(path))
+    study = load_study(folder / settings.study)
+    table = read_table(settings.source, study.dictionary, folder)
+    train, test = split_patients(table, study.evaluation, seed=study.seed, name=settings.name)
+    noise: NoiseSource = (
+        SecretNoise(_key(folder / settings.noise_key_file)) if noise_seed is None
+        else SeededNoise(noise_seed, settings.name)
+    )
+    return Hospital(
+        name=settings.name, study=study, train=train, test=test,
+        declared_patients=settings.declared_patients, noise=noise,
+    )
+
+
+def split_patients(
+    table: Table, evaluation: EvaluationSpec, *, seed: int, name: str
+) -> tuple[Table, Table]:
+    """Training and test rows: whole patients, stratified by label, one fold of them for testing.
+
+    The split depends on the study's seed and the hospital's name alone, so every run and every arm
+    of a comparison sees the same one.
+    """
+    patients, owners = _owners(table)
+    label = np.zeros(len(patients), dtype=np.int64)
+    np.maximum.at(label, owners, table.labels)
+    if len(patients) < evaluation.folds:
+        raise DataError(
+            f"{name}: expected at least {evaluation.folds} patients for as many folds, "
+            f"found {len(patients)}"
+        )
+    words = hashlib.sha256(f"{seed}|{name}".encode()).digest()
+    generator = np.random.default_rng(int.from_bytes(words[:8], "big"))
+    order = generator.permutation(len(patients))
+    order = order[np.argsort(label[order], kind="stable")]
+    fold = np.empty(len(patients), dtype=np.int64)
+    fold[order] = np.arange(len(patients)) % evaluation.folds
+    testing = fold[owners] == evaluation.fold
+    return table.take(np.flatnonzero(~testing)), table.take(np.flatnonzero(testing))
+
+
+def units_of(table: Table, unit: PrivacyUnit) -> tuple[NDArray[np.int64], int]:
+    """The privacy unit of each row [rows], and how many there are: patients, or records.
+
+    Raises DataError when record-level privacy is asked for patients with several records: k
+    records of one patient would then be protected k times less than promised.
+    """
+    patients, owners = _owners(table)
+    if unit is PrivacyUnit.RECORD and len(patients) < len(table):
+        raise DataError(
+            f"unit = 'record' needs one record per patient, found {len(table)} records of "
+            f"{len(patients)} patients; set unit = 'patient'"
+        )
+    return owners, len(patients)
+
+
+def _owners(table: Table) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The patients in the order of their first row, and each row's patient."""
+    index: dict[str, int] = {}
+    owners = np.array([index.setdefault(one, len(index)) for one in table.patients], np.int64)
+    return np.array(list(index), dtype=object), owners
+
+
+def _digest(table: Table) -> str:
+    """SHA-256 over all rows; only ever mixed into a keyed derivation, never sent."""
+    running = hashlib.sha256()
+    for name in sorted(table.values):
+        running.update(np.ascontiguousarray(table.values[name]).tobytes())
+    running.update(table.labels.tobytes())
+    running.update(_owners(table)[1].tobytes())
+    return running.hexdigest()
+
+
+@lru_cache(maxsize=8)
+def _key(path: Path) -> bytes:
+    if not path.exists():
+        path.touch(mode=0o600)
+        path.write_bytes(SecretNoise.generate().key)
+    key = path.read_bytes()
+    if len(key) != 32:
+        raise DataError(f"{path}: expected a key of 32 bytes, found {len(key)}")
+    return key
