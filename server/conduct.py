@@ -66,7 +66,7 @@ class Progress:
     hospitals: int
     epsilon: float | None
     elapsed_s: float
-    eta_s: float | None
+    eta_s: float | None  # to the end of this stage
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,15 @@ class Conductor:
         declared = self.study.federation.weighting == "declared"
         return float(self.members[hospital].declared_patients) if declared else 1.0
 
-    def report(self, stage: str, number: int, rounds: int, hospitals: int) -> None:
+    def report(
+        self, stage: str, number: int, rounds: int, hospitals: int, eta_s: float | None = None
+    ) -> None:
         """Tell whoever watches, and log the round."""
         spent = self.budget.spent(stage, number) if self._charged(stage) else None
-        elapsed = time.monotonic() - self.started
-        left = (rounds - number) * elapsed / number if number else None
-        self.watch(Progress(stage=stage, round=number, rounds=rounds, hospitals=hospitals,
-                            epsilon=spent, elapsed_s=elapsed, eta_s=left))
+        self.watch(Progress(
+            stage=stage, round=number, rounds=rounds, hospitals=hospitals, epsilon=spent,
+            elapsed_s=time.monotonic() - self.started, eta_s=eta_s,
+        ))
         self.run.log({"stage": stage, "round": number, "hospitals": hospitals, "epsilon": spent})
 
     def _charged(self, stage: str) -> bool:
@@ -185,7 +187,8 @@ def _charged_stage(
     """All rounds of ``stage``; ``model`` (teacher or student) holds the result afterwards."""
     charge = desk.budget.charge(stage)
     state = _rule_state(done) if done else rules.start(get_vector(model))
-    for number in range(done.round if done else 0, charge.rounds):
+    first, began = done.round if done else 0, time.monotonic()
+    for number in range(first, charge.rounds):
         set_vector(model, state.weights)
         task = TrainTask(
             study_digest=desk.study.digest(), stage=stage, round=number, attempt=0,
@@ -200,7 +203,9 @@ def _charged_stage(
         )
         set_vector(model, state.weights)
         desk.run.save_round(stage, number + 1, state.weights)
-        desk.report(stage, number + 1, charge.rounds, summed.hospitals)
+        each_s = (time.monotonic() - began) / (number + 1 - first)
+        desk.report(stage, number + 1, charge.rounds, summed.hospitals,
+                    eta_s=each_s * (charge.rounds - number - 1))
         if number + 1 < charge.rounds:
             desk.run.checkpoint(
                 _checkpoint(stage, number + 1, teacher, student, moments, facts, state)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
+from common.errors import RunError
 from common.privacy.budget import Budget, budget_of
 from common.privacy.units import Trust
 from common.study import Study
-from server.conduct import Outcome
+from server.store import RunFolder
 
 
-def privacy_statement(study: Study, outcome: Outcome) -> dict[str, Any]:
-    """The statement as plain data; :func:`statement_text` puts it in words."""
+def privacy_statement(study: Study, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The statement as plain data; :func:`statement_text` puts it in words.
+
+    ``facts``: which ``hospitals`` took part, and whether all used ``secret_noise``.
+    """
     budget = budget_of(study)
     privacy = study.privacy
-    secret_noise = bool(outcome.facts["secret_noise"])
+    secret_noise = bool(facts["secret_noise"])
     return {
         "guaranteed": privacy.trust is not Trust.NONE and secret_noise,
         "secret_noise": secret_noise,
@@ -27,9 +33,23 @@ def privacy_statement(study: Study, outcome: Outcome) -> dict[str, Any]:
         "accounting": "privacy loss distributions (dp-accounting), all stages composed",
         "charges": _charges(budget, study),
         "free": _free(study),
-        "hospitals": outcome.facts["hospitals"],
+        "hospitals": facts["hospitals"],
         "study_digest": study.digest(),
     }
+
+
+def recomputed_statement(run: RunFolder, study: Study) -> dict[str, Any]:
+    """The statement computed anew from the stored study; raises RunError where it differs from
+    the stored one, which was then edited or made by other software."""
+    stored = run.read_json("privacy.json")
+    anew = privacy_statement(study, stored)
+    for key, value in anew.items():
+        if json.loads(json.dumps(value)) != stored.get(key):
+            raise RunError(
+                f"{run.path / 'privacy.json'}: {key} expected {value!r} from the study, "
+                f"found {stored.get(key)!r}; do not rely on this statement"
+            )
+    return anew
 
 
 def _charges(budget: Budget, study: Study) -> list[dict[str, Any]]:

@@ -1,0 +1,73 @@
+"""What a finished simulated run achieved, hospital by hospital."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from common.learning.metrics import accuracy_from_histogram, auc_from_histogram
+from server.store import RunFolder
+from simulations.evaluation import Scores, finished_models, score, together
+from simulations.simulate import load_hospitals
+
+
+def summarise(run: RunFolder) -> dict[str, Any]:
+    """Scores of teacher and student at every hospital, exact; kept as ``evaluation.json``.
+
+    ``released`` holds what a real coordinator would know instead: AUC and accuracy from the
+    hospitals' noised histograms, when the study grants evaluation a budget.
+    """
+    study, hospitals = load_hospitals(run.path)
+    teacher, student, features = finished_models(run, study)
+    taught = score(teacher, study, features, hospitals)
+    learned = score(student, study, features, hospitals)
+    result, privacy = run.read_json("result.json"), run.read_json("privacy.json")
+    summary: dict[str, Any] = {
+        "study": study.name,
+        "folder": str(run.path),
+        "epsilon": privacy["epsilon_spent"],
+        "delta": privacy["delta"],
+        "guaranteed": privacy["guaranteed"],
+        "teacher_parameters": result["teacher_parameters"],
+        "student_parameters": result["student_parameters"],
+        "all": _row(together(taught), together(learned), hospitals[0].declared_patients, None),
+        "hospitals": [
+            _row(one, two, hospital.declared_patients, len(set(hospital.test.patients)))
+            for one, two, hospital in zip(taught, learned, hospitals, strict=True)
+        ],
+        "mean_accuracy": float(np.mean([one.accuracy for one in learned])),
+        "released": released(result["evaluation"]),
+    }
+    summary["all"]["declared_patients"] = sum(one.declared_patients for one in hospitals)
+    summary["all"]["test_patients"] = sum(len(set(one.test.patients)) for one in hospitals)
+    run.write_json("evaluation.json", summary)
+    return summary
+
+
+def released(histograms: dict[str, Any]) -> dict[str, float | None] | None:
+    """AUC and accuracy from the sum of the released histograms; None without any."""
+    if not histograms:
+        return None
+    total = np.sum([np.array(one) for one in histograms.values()], axis=0)
+    return {
+        "auc": _known(auc_from_histogram(total)) if len(total) == 2 else None,
+        "accuracy": _known(accuracy_from_histogram(total)),
+    }
+
+
+def _row(teacher: Scores, student: Scores, declared: int, tested: int | None) -> dict[str, Any]:
+    return {
+        "hospital": student.hospital,
+        "declared_patients": declared,
+        "test_patients": tested,
+        "teacher_auc": _known(teacher.auc),
+        "student_auc": _known(student.auc),
+        "teacher_accuracy": teacher.accuracy,
+        "student_accuracy": student.accuracy,
+    }
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
