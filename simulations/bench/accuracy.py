@@ -18,7 +18,11 @@ from simulations.simulate import run_in_process
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "deploy" / "examples"
 SEEDS = (0, 1, 2, 3, 4)
-_NON_PRIVATE = {"privacy__trust": "none", "privacy__epsilon": None, "privacy__delta": None}
+_NON_PRIVATE: dict[str, Any] = {
+    "privacy__trust": "none",
+    "privacy__epsilon": None,
+    "privacy__delta": None,
+}
 
 
 def accuracy(data_folder: Path) -> dict[str, Any]:
@@ -32,16 +36,20 @@ def accuracy(data_folder: Path) -> dict[str, Any]:
 def wisconsin() -> dict[str, Any]:
     """AUC of the student over all hospitals' test patients; one quarter tested, per seed."""
     study = load_study(EXAMPLES / "wisconsin.toml").revised(evaluation__epsilon=None)
-    arms = {
+    arms: dict[str, dict[str, Any]] = {
         "eps3_auc": {"privacy__epsilon": 3.0},
         "eps1_auc": {"privacy__epsilon": 1.0},
         "nonprivate_auc": _NON_PRIVATE,
     }
-    return _figures({
-        key: [together(student_scores(study.revised(seed=seed, **changes), Path())).auc
-              for seed in SEEDS]
-        for key, changes in arms.items()
-    })
+    return _figures(
+        {
+            key: [
+                together(student_scores(study.revised(seed=seed, **changes), Path())).auc
+                for seed in SEEDS
+            ]
+            for key, changes in arms.items()
+        }
+    )
 
 
 def heart(folder: Path) -> dict[str, Any]:
@@ -60,9 +68,9 @@ def heart(folder: Path) -> dict[str, Any]:
         # A hospital's accuracy counts every one of its patients once, over all folds.
         return float(np.mean([together(parts).accuracy for parts in zip(*folds, strict=True)]))
 
-    return _figures({
-        key: [seed_accuracy(seed, changes) for seed in SEEDS] for key, changes in arms.items()
-    })
+    return _figures(
+        {key: [seed_accuracy(seed, changes) for seed in SEEDS] for key, changes in arms.items()}
+    )
 
 
 def student_scores(study: Study, data_folder: Path) -> list[Scores]:
@@ -93,4 +101,3 @@ def _figures(values: dict[str, list[float]]) -> dict[str, Any]:
         rows[f"{key}_ci"] = [interval.low, interval.high]
     rows["seeds"] = list(SEEDS)
     return rows
-
