@@ -149,7 +149,9 @@ def conduct(
     members = _members(study, link)
     desk = Conductor(study, link, run, budget, members, watch, time.monotonic())
 
-    scaling = _scaling(desk, corpus, done)
+    # Through the very float32 numbers that hospitals and checkpoints get, so that all agree.
+    moments = scaling_tensor(study.dictionary, _scaling(desk, corpus, done))
+    scaling = scaling_from_tensor(study.dictionary, moments)
     features = FeatureMap(study.dictionary, scaling)
     public = _public_inputs(study, features, corpus)
     teacher, student = build_teacher(study, features), build_student(study, features)
@@ -160,8 +162,6 @@ def conduct(
         "hospitals": sorted(members),
         "secret_noise": all(one.secret_noise for one in members.values()),
     }
-    moments = scaling_tensor(study.dictionary, scaling)
-
     if done is None or done.stage == "statistics":
         loss = pretrain(study, teacher, features, public)
         facts["pretrain_loss"] = loss
