@@ -30,15 +30,19 @@ class Cohort:
 
 
 def patient_tag(key: bytes, patient_id: str) -> bytes:
-    """The keyed hash that stands for a patient: HMAC-SHA256, 128 bits.
+    """The keyed hash that stands for a patient: HMAC-SHA256, 128 bits."""
+    return hmac.digest(key, normal_id(patient_id).encode(), "sha256")[:_TAG_BYTES]
 
-    Spaces around an id and different encodings of one letter do not make another patient.
+
+def normal_id(patient_id: str) -> str:
+    """One spelling per patient: no spaces around, one encoding per letter.
+
     Raises DataError for an empty id: it would merge patients.
     """
     name = unicodedata.normalize("NFC", patient_id).strip()
     if not name:
         raise DataError("patient id: expected a name or number, found an empty one")
-    return hmac.digest(key, name.encode(), "sha256")[:_TAG_BYTES]
+    return name
 
 
 def intern_cohort(connection: sqlite3.Connection, key: bytes, patient_ids: Iterable[str]) -> Cohort:

@@ -58,7 +58,11 @@ def connect(path: Path) -> sqlite3.Connection:
     """
     with guarded(path):
         try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            # Only ever to create it: closing any handle of an open database file would drop the
+            # locks that this process holds on it (sqlite.org/howtocorrupt.html, section 2.2).
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:
+            pass
         except OSError as error:
             raise LedgerError(
                 f"{path}: the ledger cannot be opened for writing ({error.strerror}); nothing is "
