@@ -52,6 +52,14 @@ class Checkpoint:
                 "checkpoint: expected the JSON line of `consilium hospital log checkpoint`"
             ) from None
 
+    @classmethod
+    def load(cls, path: Path) -> Checkpoint:
+        """Read a file of ``text``."""
+        try:
+            return cls.from_text(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise AuditError(f"{path}: no checkpoint can be read ({error})") from None
+
     def signed_bytes(self) -> bytes:
         """What the hospital signs."""
         return canonical([self.log_id, self.seq, self.head, self.hospital])
