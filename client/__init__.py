@@ -1,0 +1,1 @@
+"""What runs at a hospital, beside its data. Raw records stop here."""

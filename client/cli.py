@@ -14,8 +14,8 @@ from rich.table import Table
 
 from client.budget import BudgetReport, budget_report
 from client.consent import withdraw as withdraw_consent
-from client.hospital import HospitalFolder, create_hospital, open_hospital
 from client.policyfile import parse_policy, sign_policy
+from client.safe import SafeFolder, create_safe, open_safe
 from common.auditlog import Fact, read_records, utc_now, verify_log
 from common.checkpoint import Checkpoint, make_checkpoint, verify_checkpoint, verify_log_against
 from common.errors import AuditError, PolicyError
@@ -50,7 +50,7 @@ def init(
 
     Example: consilium hospital init /srv/consilium
     """
-    created = create_hospital(folder)
+    created = create_safe(folder)
     fingerprint = created.public().fingerprint
     _print(
         {"folder": str(folder), "fingerprint": fingerprint},
@@ -67,9 +67,9 @@ def policy_show(folder: Folder = Path(), as_json: AsJson = False) -> None:
 
     Example: consilium hospital policy show --folder /srv/consilium
     """
-    with open_hospital(folder) as hospital:
-        policy = hospital.policy()
-    _print(policy.model_dump(mode="json"), as_json, HospitalFolder(folder).policy.read_text())
+    with open_safe(folder) as safe:
+        policy = safe.policy()
+    _print(policy.model_dump(mode="json"), as_json, SafeFolder(folder).policy.read_text())
 
 
 @policy_app.command("sign")
@@ -78,8 +78,8 @@ def policy_sign(folder: Folder = Path(), as_json: AsJson = False) -> None:
 
     Example: consilium hospital policy sign --folder /srv/consilium
     """
-    with open_hospital(folder) as hospital:
-        digest = sign_policy(hospital.folder.policy, hospital.identity, hospital.log)
+    with open_safe(folder) as safe:
+        digest = sign_policy(safe.folder.policy, safe.identity, safe.log)
     _print({"policy_digest": digest}, as_json, f"In force: policy {digest[:16]}…")
 
 
@@ -94,8 +94,8 @@ def policy_check(
     Example: consilium hospital policy check draft.toml
     """
     if draft is None:
-        with open_hospital(folder) as hospital:
-            hospital.policy()
+        with open_safe(folder) as safe:
+            safe.policy()
         found = "signed, in force"
     else:
         try:
@@ -112,8 +112,8 @@ def budget(folder: Folder = Path(), as_json: AsJson = False) -> None:
 
     Example: consilium hospital budget --json
     """
-    with open_hospital(folder) as hospital:
-        report = budget_report(hospital.ledger, hospital.policy().limits(), utc_now())
+    with open_safe(folder) as safe:
+        report = budget_report(safe.ledger, safe.policy().limits(), utc_now())
     if as_json:
         _print(asdict(report), as_json, "")
     else:
@@ -138,9 +138,9 @@ def withdraw(
     except (OSError, UnicodeDecodeError) as error:
         raise PolicyError(f"{file}: cannot be read ({error})") from None
     ids = [*(patients or []), *(line for line in listed if line.strip())]
-    with open_hospital(folder) as hospital:
-        path = hospital.withdrawals(hospital.policy())
-        new = withdraw_consent(path, ids, ledger=hospital.ledger, log=hospital.log)
+    with open_safe(folder) as safe:
+        path = safe.withdrawals(safe.policy())
+        new = withdraw_consent(path, ids, ledger=safe.ledger, log=safe.log)
     _print({"withdrawn": new}, as_json, f"{new} more patients are left out from now on.")
 
 
@@ -154,7 +154,7 @@ def log_show(
 
     Example: consilium hospital log show --last 5
     """
-    records = list(read_records(HospitalFolder(folder).audit_log))[-last:]
+    records = list(read_records(SafeFolder(folder).audit_log))[-last:]
     lines = [
         f"{one.seq:>6} {one.time:%Y-%m-%d %H:%M:%S} {one.kind:<15} "
         + " ".join(f"{name}={str(fact)[:40]}" for name, fact in sorted(one.facts.items()))
@@ -177,7 +177,7 @@ def log_verify(
 
     Example: consilium hospital log verify --checkpoint cp.json --coordinator coordinator.pub
     """
-    place = HospitalFolder(folder)
+    place = SafeFolder(folder)
     if (checkpoint is None) != (coordinator is None):
         raise AuditError("verify: expected --checkpoint and --coordinator together")
     if checkpoint is None or coordinator is None:
@@ -209,14 +209,14 @@ def log_checkpoint(
     """
     if (countersigned is None) != (coordinator is None):
         raise AuditError("checkpoint: expected the answer and --coordinator together")
-    with open_hospital(folder) as hospital:
+    with open_safe(folder) as safe:
         if countersigned is None or coordinator is None:
-            typer.echo(make_checkpoint(hospital.log, hospital.identity).text())
+            typer.echo(make_checkpoint(safe.log, safe.identity).text())
             return
         answer = Checkpoint.load(countersigned)
         verify_checkpoint(
             answer,
-            hospital=hospital.identity.public,
+            hospital=safe.identity.public,
             coordinator=PublicIdentity.load(coordinator),
         )
         facts: dict[str, Fact] = {
@@ -224,7 +224,7 @@ def log_checkpoint(
             "checkpoint_head": answer.head,
             "coordinator": answer.coordinator,
         }
-        hospital.log.append("checkpoint", facts)
+        safe.log.append("checkpoint", facts)
     typer.echo(json.dumps(facts))
 
 

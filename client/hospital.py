@@ -1,166 +1,170 @@
-"""A hospital's folder: keys, policy, ledger and audit log, created once and opened for each use.
-
-::
-
-    FOLDER/            mode 700
-      key              opens the secrets; better kept elsewhere (CONSILIUM_KEY_FILE)
-      identity         signing key, encrypted      identity.pub  its public half
-      ledger.secret    from which patients' hashes are derived, encrypted
-      noise.secret     from which all noise is derived, encrypted
-      policy.toml      what is permitted           policy.toml.sig
-      withdrawals.txt  patients who withdrew consent
-      ledger.db        what was spent              audit.log     what happened
-"""
+"""A hospital as its own software sees it: its data, its secret noise, what it says in public."""
 
 from __future__ import annotations
 
-import os
-import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import hashlib
+import tomllib
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from client.ledger import Ledger
-from client.policy import Policy
-from client.policyfile import default_text, load_policy, sign_policy
-from common.auditlog import AuditLog, Clock, utc_now
-from common.errors import SecretError
-from common.identity import Identity, PublicIdentity
-from common.randomness import SecretNoise
-from common.secretfiles import (
-    KEY_BYTES,
-    WrappingKey,
-    read_secret,
-    replace_file,
-    sync_folder,
-    write_secret,
-)
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
 
-KEY_FILE_VARIABLE = "CONSILIUM_KEY_FILE"
-_LEDGER_PURPOSE = "ledger secret"
-_NOISE_PURPOSE = "noise key"
-
-
-@dataclass(frozen=True)
-class HospitalFolder:
-    """Where everything is."""
-
-    path: Path
-
-    @property
-    def identity(self) -> Path:
-        """The encrypted signing key."""
-        return self.path / "identity"
-
-    @property
-    def public_identity(self) -> Path:
-        """The public key."""
-        return self.path / "identity.pub"
-
-    @property
-    def policy(self) -> Path:
-        """The policy; its signature is next to it."""
-        return self.path / "policy.toml"
-
-    @property
-    def ledger(self) -> Path:
-        """The budget ledger."""
-        return self.path / "ledger.db"
-
-    @property
-    def audit_log(self) -> Path:
-        """The audit log."""
-        return self.path / "audit.log"
-
-    def public(self) -> PublicIdentity:
-        """The hospital's public key; needs no secret."""
-        return PublicIdentity.load(self.public_identity)
-
-    def wrapping_key(self, environ: Mapping[str, str]) -> WrappingKey:
-        """What opens the secrets: from the environment, a key file it names, or ``FOLDER/key``."""
-        if key := WrappingKey.from_environment(environ):
-            return key
-        named = environ.get(KEY_FILE_VARIABLE)
-        return WrappingKey.from_file(Path(named) if named else self.path / "key")
+from common.dictionary import Strict
+from common.errors import DataError
+from common.features import FeatureMap
+from common.learning.records import Records
+from common.privacy.units import PrivacyUnit
+from common.randomness import NoiseSource, SecretNoise, SeededNoise
+from common.sources import SourceSpec
+from common.study import EvaluationSpec, Study, load_study, parse_strict
+from common.tables import Table, read_table
 
 
 @dataclass(frozen=True)
 class Hospital:
-    """An open hospital. Get one from ``open_hospital``."""
+    """Everything a round needs at one hospital.
 
-    folder: HospitalFolder
-    identity: Identity
-    log: AuditLog
-    ledger: Ledger
-    _key: WrappingKey
+    ``train`` and ``test`` hold different patients. ``declared_patients`` is public: the hospital's
+    own rounded word, used to weigh and to divide, never its true count.
+    """
 
-    def policy(self) -> Policy:
-        """The policy in force; read anew each time, so that a change counts at once."""
-        return load_policy(self.folder.policy, self.identity.public, self.log)
+    name: str
+    study: Study
+    train: Table
+    test: Table
+    declared_patients: int
+    noise: NoiseSource
+    cohort_digest: str = field(default="", compare=False)
 
-    def withdrawals(self, policy: Policy) -> Path:
-        """The file of withdrawn consents that the policy names."""
-        return self.folder.path / policy.consent.withdrawals
+    def __post_init__(self) -> None:
+        """Fix the digest that binds noise to these very rows."""
+        if not self.cohort_digest:
+            object.__setattr__(self, "cohort_digest", _digest(self.train))
 
-    def noise(self) -> SecretNoise:
-        """The source of all this hospital's noise; its use is logged."""
-        key = read_secret(self.folder.path / "noise.secret", key=self._key, purpose=_NOISE_PURPOSE)
-        self.log.append(
-            "key_used", {"purpose": "noise", "fingerprint": self.identity.public.fingerprint}
+    def training_records(self, features: FeatureMap) -> Records:
+        """The training records by privacy unit, labels as targets."""
+        owners, units = units_of(self.train, self.study.privacy.unit)
+        return Records(
+            inputs=features.encode(self.train),
+            targets=torch.from_numpy(self.train.labels),
+            owners=torch.from_numpy(owners),
+            units=units,
         )
-        return SecretNoise(key)
 
 
-def create_hospital(path: Path, environ: Mapping[str, str] = os.environ) -> HospitalFolder:
-    """Make the folder with new keys, the default policy (signed), an empty ledger and a log.
+class HospitalFile(Strict):
+    """``hospital.toml``: which data, under which name, with which public size.
 
-    A wrapping key is created in ``FOLDER/key`` unless the environment gives one.
-    Raises SecretError when the folder exists and is not empty, or cannot be written.
+    ``noise_key_file``: 32 secret bytes beside this file, made on first use.
     """
-    folder = HospitalFolder(path)
+
+    name: str = Field(min_length=1)
+    study: str = Field(min_length=1)
+    declared_patients: int = Field(ge=1)
+    source: SourceSpec
+    noise_key_file: str = "noise.key"
+
+
+def open_hospital(folder: Path, *, noise_seed: int | None = None) -> Hospital:
+    """The hospital described by ``folder/hospital.toml``.
+
+    ``noise_seed`` replaces the secret noise by test noise, which protects nobody.
+    """
+    path = folder / "hospital.toml"
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.chmod(0o700)
-        if any(path.iterdir()):
-            raise SecretError(
-                f"{path}: expected a new or empty folder; a hospital is created once, its keys are "
-                f"never overwritten"
-            )
-    except OSError as error:
-        raise SecretError(f"{path}: cannot be created ({error.strerror})") from None
-    if not (WrappingKey.from_environment(environ) or environ.get(KEY_FILE_VARIABLE)):
-        WrappingKey(key=secrets.token_bytes(KEY_BYTES)).write(path / "key")
-    key = folder.wrapping_key(environ)
-    identity = Identity.generate()
-    identity.save(folder.identity, key=key)
-    identity.public.save(folder.public_identity)
-    for name, purpose in (("ledger.secret", _LEDGER_PURPOSE), ("noise.secret", _NOISE_PURPOSE)):
-        write_secret(path / name, secrets.token_bytes(KEY_BYTES), key=key, purpose=purpose)
-    replace_file(folder.policy, default_text().encode())
-    withdrawals = (
-        b"# Patients who withdrew consent, one id a line; see `consilium hospital withdraw`.\n"
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; a hospital's folder needs one") from None
+    except tomllib.TOMLDecodeError as error:
+        raise DataError(f"{path}: not valid TOML: {error}") from None
+    settings = parse_strict(HospitalFile, tree, origin=str(path))
+    study = load_study(folder / settings.study)
+    table = read_table(settings.source, study.dictionary, folder)
+    train, test = split_patients(table, study.evaluation, seed=study.seed, name=settings.name)
+    noise: NoiseSource = (
+        SecretNoise(_key(folder / settings.noise_key_file))
+        if noise_seed is None
+        else SeededNoise(noise_seed, settings.name)
     )
-    replace_file(path / "withdrawals.txt", withdrawals)
-    with open_hospital(path, environ) as hospital:
-        sign_policy(folder.policy, identity, hospital.log)
-    sync_folder(path)
-    return folder
+    return Hospital(
+        name=settings.name,
+        study=study,
+        train=train,
+        test=test,
+        declared_patients=settings.declared_patients,
+        noise=noise,
+    )
 
 
-@contextmanager
-def open_hospital(
-    path: Path, environ: Mapping[str, str] = os.environ, clock: Clock = utc_now
-) -> Iterator[Hospital]:
-    """Open a folder by ``create_hospital``, with ledger and log checked against each other.
+def split_patients(
+    table: Table, evaluation: EvaluationSpec, *, seed: int, name: str
+) -> tuple[Table, Table]:
+    """Training and test rows: whole patients, stratified by label, one fold of them for testing.
 
-    Raises SecretError, AuditError or LedgerError when anything is missing, open to others or
-    damaged.
+    The split depends on the study's seed and the hospital's name alone, so every run and every arm
+    of a comparison sees the same one.
     """
-    folder = HospitalFolder(path)
-    key = folder.wrapping_key(environ)
-    identity = Identity.load(folder.identity, key=key)
-    secret = read_secret(path / "ledger.secret", key=key, purpose=_LEDGER_PURPOSE)
-    log = AuditLog(folder.audit_log, identity, clock)
-    with Ledger(folder.ledger, secret=secret, log=log, clock=clock) as ledger:
-        yield Hospital(folder, identity, log, ledger, key)
+    patients, owners = _owners(table)
+    label = np.zeros(len(patients), dtype=np.int64)
+    np.maximum.at(label, owners, table.labels)
+    if len(patients) < evaluation.folds:
+        raise DataError(
+            f"{name}: expected at least {evaluation.folds} patients for as many folds, "
+            f"found {len(patients)}"
+        )
+    words = hashlib.sha256(f"{seed}|{name}".encode()).digest()
+    generator = np.random.default_rng(int.from_bytes(words[:8], "big"))
+    order = generator.permutation(len(patients))
+    order = order[np.argsort(label[order], kind="stable")]
+    fold = np.empty(len(patients), dtype=np.int64)
+    fold[order] = np.arange(len(patients)) % evaluation.folds
+    testing = fold[owners] == evaluation.fold
+    return table.take(np.flatnonzero(~testing)), table.take(np.flatnonzero(testing))
+
+
+def units_of(table: Table, unit: PrivacyUnit) -> tuple[NDArray[np.int64], int]:
+    """The privacy unit of each row [rows], and how many there are: patients, or records.
+
+    Raises DataError when record-level privacy is asked for patients with several records: k
+    records of one patient would then be protected k times less than promised.
+    """
+    patients, owners = _owners(table)
+    if unit is PrivacyUnit.RECORD and len(patients) < len(table):
+        raise DataError(
+            f"unit = 'record' needs one record per patient, found {len(table)} records of "
+            f"{len(patients)} patients; set unit = 'patient'"
+        )
+    return owners, len(patients)
+
+
+def _owners(table: Table) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The patients in the order of their first row, and each row's patient."""
+    index: dict[str, int] = {}
+    owners = np.array([index.setdefault(one, len(index)) for one in table.patients], np.int64)
+    return np.array(list(index), dtype=object), owners
+
+
+def _digest(table: Table) -> str:
+    """SHA-256 over all rows; only ever mixed into a keyed derivation, never sent."""
+    running = hashlib.sha256()
+    for name in sorted(table.values):
+        running.update(np.ascontiguousarray(table.values[name]).tobytes())
+    running.update(table.labels.tobytes())
+    running.update(_owners(table)[1].tobytes())
+    return running.hexdigest()
+
+
+@lru_cache(maxsize=8)
+def _key(path: Path) -> bytes:
+    if not path.exists():
+        path.touch(mode=0o600)
+        path.write_bytes(SecretNoise.generate().key)
+    key = path.read_bytes()
+    if len(key) != 32:
+        raise DataError(f"{path}: expected a key of 32 bytes, found {len(key)}")
+    return key

@@ -12,7 +12,7 @@ from common.auditlog import AuditLog, canonical
 from common.errors import LedgerError
 
 
-def operation_head(  # noqa: PLR0917 - the columns of one row, in order
+def operation_head(
     previous: str,
     seq: int,
     kind: str,

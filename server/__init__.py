@@ -1,0 +1,1 @@
+"""What runs at the coordinator. It never sees a patient's record."""

@@ -1,0 +1,1 @@
+"""One training loop, and the gradients and stages that drive it."""

@@ -1,0 +1,15 @@
+"""Benchmarks: every figure the project states is printed by one of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from simulations.bench.accuracy import accuracy
+from simulations.bench.pretraining import pretraining
+
+BENCHES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "accuracy": accuracy,
+    "pretraining": pretraining,
+}

@@ -56,7 +56,7 @@ def test_matches_independent_values(
         (0.001, 10.0, 1000, 1e-9, 1e-5),
     ],
 )
-def test_agrees_with_dp_accounting(  # noqa: PLR0917
+def test_agrees_with_dp_accounting(
     rate: float, noise: float, steps: int, delta: float, interval: float, relation: Relation
 ) -> None:
     neighbours = {

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from client.budget import budget_report, rounds_left
 from client.cli import hospital_app
 from client.consent import Withdrawals, apply_consent, read_withdrawals
-from client.hospital import create_hospital, open_hospital
 from client.ledger import Ledger
+from client.safe import create_safe, open_safe
 from client.spend import Limits
 from common.auditlog import utc_now
 from common.checkpoint import Checkpoint, countersign
@@ -37,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(variable, raising=False)
     path = tmp_path / "hospital"
     monkeypatch.setenv("CONSILIUM_HOSPITAL", str(path))
-    create_hospital(path, {})
+    create_safe(path, {})
     return path
 
 
@@ -99,32 +99,32 @@ def test_a_new_hospital_is_private_and_whole(folder: Path) -> None:
 
 def test_the_key_may_live_elsewhere(folder: Path, tmp_path: Path) -> None:
     (folder / "key").rename(tmp_path / "safe")
-    with pytest.raises(SecretError, match="key: cannot be read"), open_hospital(folder, {}):
+    with pytest.raises(SecretError, match="key: cannot be read"), open_safe(folder, {}):
         pass
-    with open_hospital(folder, {"CONSILIUM_KEY_FILE": str(tmp_path / "safe")}) as hospital:
-        first = hospital.noise()
+    with open_safe(folder, {"CONSILIUM_KEY_FILE": str(tmp_path / "safe")}) as safe:
+        first = safe.noise()
     encoded = (tmp_path / "safe").read_text().strip()
-    with open_hospital(folder, {"CONSILIUM_KEY": encoded}) as hospital:
-        assert hospital.noise() == first
-        assert hospital.log.latest("key_used") is not None
+    with open_safe(folder, {"CONSILIUM_KEY": encoded}) as safe:
+        assert safe.noise() == first
+        assert safe.log.latest("key_used") is not None
 
 
 def test_a_hospital_may_be_created_under_a_passphrase(tmp_path: Path) -> None:
     environ = {"CONSILIUM_PASSPHRASE": "correct horse"}
-    create_hospital(tmp_path / "h", environ)
+    create_safe(tmp_path / "h", environ)
     assert not (tmp_path / "h" / "key").exists()
     with (
         pytest.raises(SecretError, match="does not open it"),
-        open_hospital(tmp_path / "h", {"CONSILIUM_PASSPHRASE": "wrong"}),
+        open_safe(tmp_path / "h", {"CONSILIUM_PASSPHRASE": "wrong"}),
     ):
         pass
 
 
 def test_the_budget_shows_who_spent_what_and_what_is_left(folder: Path) -> None:
-    with open_hospital(folder, {}) as hospital:
-        limits = hospital.policy().limits()
-        spend(hospital.ledger, limits, "heart", range(100), 4)
-        spend(hospital.ledger, limits, "lung", range(50, 200), 2)
+    with open_safe(folder, {}) as safe:
+        limits = safe.policy().limits()
+        spend(safe.ledger, limits, "heart", range(100), 4)
+        spend(safe.ledger, limits, "lung", range(50, 200), 2)
     report = json.loads(run("budget", "--json"))
     heart, lung = report["cohorts"]
 
@@ -147,13 +147,13 @@ def test_the_budget_shows_who_spent_what_and_what_is_left(folder: Path) -> None:
     assert cost(6 + left) <= 3.0 < cost(7 + left)
     assert "heart/finetune ×4" in " ".join(run("budget").replace("│", " ").split())
     # The forecast keeps its word.
-    with open_hospital(folder, {}) as hospital:
-        spend(hospital.ledger, limits, "more", range(100), left)
+    with open_safe(folder, {}) as safe:
+        spend(safe.ledger, limits, "more", range(100), left)
         with pytest.raises(RefusalError):
-            spend(hospital.ledger, limits, "too much", range(100), 1)
-        again = budget_report(hospital.ledger, limits, utc_now())
+            spend(safe.ledger, limits, "too much", range(100), 1)
+        again = budget_report(safe.ledger, limits, utc_now())
         assert again.cohorts[0].rounds_left == 0
-        charge = hospital.ledger.entries()[0].charge
+        charge = safe.ledger.entries()[0].charge
         assert rounds_left([], charge, limits, utc_now()) == 6 + left
 
 
@@ -164,12 +164,12 @@ def test_withdrawals_are_kept_applied_and_logged_as_hashes(folder: Path, tmp_pat
         "withdrawn": 2
     }
     assert "0 more patients" in run("withdraw", " CANARY-1 ")
-    with open_hospital(folder, {}) as hospital:
+    with open_safe(folder, {}) as safe:
         left = apply_consent(
-            hospital.withdrawals(hospital.policy()),
+            safe.withdrawals(safe.policy()),
             ["p1", "CANARY-1", "p2", " CANARY-2"],
-            ledger=hospital.ledger,
-            log=hospital.log,
+            ledger=safe.ledger,
+            log=safe.log,
             study="s",
             round_number=1,
         )

@@ -1,0 +1,62 @@
+"""The hospital's Flower app: unpack a message, call one function, pack the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from client import rounds
+from client.hospital import Hospital, open_hospital
+from common.errors import DataError
+from common.flower import pack, unpack
+from common.wire import EvaluateTask, Hello, StatisticsTask, TrainTask
+
+OpenHospital = Callable[[Context], Hospital]
+
+
+def build_client_app(hospital_of: OpenHospital) -> ClientApp:
+    """A ClientApp whose hospital comes from ``hospital_of``: a folder, or memory in simulation."""
+    app = ClientApp()
+
+    def serve(kind: type[Any], act: Callable[[Hospital, Any], Any]) -> Callable[..., Message]:
+        def handle(message: Message, context: Context) -> Message:
+            hospital = hospital_of(context)
+            reply = act(hospital, unpack(kind, message.content))
+            return Message(pack(reply), reply_to=message)
+
+        return handle
+
+    app.query("hello")(serve(Hello, rounds.hello))
+    app.query("statistics")(serve(StatisticsTask, rounds.statistics))
+    app.train()(serve(TrainTask, rounds.train))
+    app.evaluate()(serve(EvaluateTask, rounds.evaluate))
+    return app
+
+
+def _hospital_from_context(context: Context) -> Hospital:
+    """The hospital in this node's own folder.
+
+    ``hospital-folder`` in the node's configuration names it. In Flower's simulation, nodes are
+    numbered: ``partition-id`` picks a folder below the run's ``hospitals``, in order of name.
+    """
+    seed = int(context.run_config.get("noise-seed", -1))
+    noise_seed = seed if seed >= 0 else None
+    own = context.node_config.get("hospital-folder")
+    if own:
+        return open_hospital(Path(str(own)), noise_seed=None)
+    root = Path(str(context.run_config.get("hospitals", "")))
+    folders = sorted(path.parent for path in root.glob("*/hospital.toml"))
+    number = int(context.node_config.get("partition-id", -1))
+    if not 0 <= number < len(folders):
+        raise DataError(
+            f"node {number}: expected one of {len(folders)} hospital folders below {root}; "
+            f"make them with `consilium split`"
+        )
+    return open_hospital(folders[number], noise_seed=noise_seed)
+
+
+app = build_client_app(_hospital_from_context)

@@ -1,0 +1,121 @@
+"""The data dictionary: what each column means, in public terms every hospital agrees on.
+
+Everything here is public. In particular ``range`` and ``typical`` come from the literature or the
+device, never from patients' rows.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Strict(BaseModel):
+    """Frozen, and refuses what it does not know. Every setting in this code base is one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Scalar = float | int | str | bool
+
+
+class Column(Strict):
+    """One column of the study.
+
+    ``kind``: ``numeric`` (needs ``range``), ``binary`` or ``categorical`` (need ``categories``),
+    ``image`` (needs ``shape``: height, width).
+    ``range``: plausible lowest and highest value in ``unit``; outside is reported and clipped.
+    ``typical``: published mean and standard deviation, for scaling; else taken from the range.
+    ``missing``: values that mean "not measured" beside an empty cell (a cholesterol of 0).
+    ``optional``: whether a value may be absent; if so the model also sees that it is absent.
+    """
+
+    name: str = Field(min_length=1)
+    kind: Literal["numeric", "binary", "categorical", "image"]
+    unit: str = ""
+    description: str = ""
+    range: tuple[float, float] | None = None
+    typical: tuple[float, float] | None = None
+    categories: tuple[Scalar, ...] = ()
+    shape: tuple[int, int] | None = None
+    missing: tuple[Scalar, ...] = ()
+    optional: bool = True
+
+    @model_validator(mode="after")
+    def _kind_has_its_fields(self) -> Self:
+        if self.kind == "numeric":
+            if self.range is None or not self.range[0] < self.range[1]:
+                raise ValueError(
+                    f"a numeric column needs range = [lowest, highest] with lowest below highest, "
+                    f"found {self.range}"
+                )
+            if self.typical is not None and self.typical[1] <= 0:
+                raise ValueError(
+                    f"typical = [mean, standard deviation] needs a standard deviation above 0, "
+                    f"found {self.typical[1]}"
+                )
+        elif self.kind == "image":
+            if self.shape is None or min(self.shape) < 1:
+                raise ValueError(
+                    f"an image column needs shape = [height, width], found {self.shape}"
+                )
+        elif len(self.categories) < 2 or len(set(self.categories)) != len(self.categories):
+            raise ValueError(
+                f"a {self.kind} column needs at least two different categories, "
+                f"found {list(self.categories)}"
+            )
+        elif self.kind == "binary" and len(self.categories) != 2:
+            raise ValueError(
+                f"a binary column needs exactly two categories, found {len(self.categories)}"
+            )
+        return self
+
+
+class Label(Strict):
+    """The outcome. ``classes`` in order: class 0 first; each lists the raw values it gathers."""
+
+    name: str = Field(min_length=1)
+    classes: tuple[tuple[Scalar, ...], ...] = Field(min_length=2)
+    class_names: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _classes_are_disjoint(self) -> Self:
+        values = [value for group in self.classes for value in group]
+        if len(values) != len(set(values)) or not all(self.classes):
+            raise ValueError(f"classes must be non-empty and share no value, found {self.classes}")
+        if self.class_names and len(self.class_names) != len(self.classes):
+            raise ValueError(
+                f"expected {len(self.classes)} class_names, one per class, "
+                f"found {len(self.class_names)}"
+            )
+        return self
+
+
+class Dictionary(Strict):
+    """All columns of a study. ``patient_id`` names the column that identifies the privacy unit;
+    empty when every row is another patient."""
+
+    columns: tuple[Column, ...] = Field(min_length=1)
+    label: Label
+    patient_id: str = ""
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [column.name for column in self.columns] + [self.label.name]
+        if self.patient_id:
+            names.append(self.patient_id)
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"column names must differ, found {twice[0]!r} twice")
+        images = [column for column in self.columns if column.kind == "image"]
+        if images and len(self.columns) > 1:
+            raise ValueError(
+                f"an image study has the image as its only column, found {len(self.columns)}"
+            )
+        return self
+
+    @property
+    def image_shape(self) -> tuple[int, int] | None:
+        """Height and width when the study is on images."""
+        return self.columns[0].shape

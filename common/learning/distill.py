@@ -1,0 +1,90 @@
+"""Distillation on public data: the student imitates the teacher where no patient is involved.
+
+A function of the (already private) teacher and of public records only: free post-processing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from common.dictionary import Dictionary
+from common.features import FeatureMap
+from common.learning.gradients import batch_gradient
+from common.learning.loop import run
+from common.models import Student, Teacher
+from common.study import Study
+from common.tasks import task_named
+from common.tensors import get_vector, set_vector
+
+_WATCHED = 256
+_JITTER = 0.1  # standard deviation added to mixed records, in scaled units
+
+
+def distill_publicly(study: Study, teacher: Teacher, student: Student, corpus: Tensor) -> float:
+    """Train ``student`` in place to answer as ``teacher`` does; the final loss on mixed records."""
+    spec, task = study.distill, task_named(study.task)
+    generator = torch.Generator().manual_seed(study.seed + 3)
+    watched = mixtures(corpus, _WATCHED, torch.Generator().manual_seed(study.seed + 4))
+    with torch.no_grad():
+        watched_answers = teacher(watched)
+
+    def objective() -> Tensor:
+        batch = mixtures(corpus, spec.batch, generator)
+        with torch.no_grad():
+            taught = teacher(batch)
+        return task.distill_loss(student(batch), taught, spec.temperature).mean()
+
+    def watch(weights: Tensor) -> float:
+        set_vector(student, weights)
+        with torch.no_grad():
+            each = task.distill_loss(student(watched), watched_answers, spec.temperature)
+            return float(each.mean())
+
+    start = get_vector(student)
+    weights = run(
+        start, batch_gradient(student, objective), spec.optimiser, steps=spec.steps, watch=watch
+    )
+    return watch(weights)
+
+
+def mixtures(corpus: Tensor, rows: int, generator: torch.Generator) -> Tensor:
+    """``rows`` new records between pairs of public ones, with a little noise.
+
+    Mixing (Zhang et al. 2018) covers the space between records, where the student must also agree
+    with its teacher.
+    """
+    first = corpus[torch.randint(len(corpus), (rows,), generator=generator)]
+    second = corpus[torch.randint(len(corpus), (rows,), generator=generator)]
+    weight = torch.rand(rows, *([1] * (corpus.dim() - 1)), generator=generator)
+    # Half of the records stay as they are.
+    weight = torch.where(weight < 0.5, torch.zeros_like(weight), weight)
+    mixed = first * (1 - weight) + second * weight
+    return mixed + _JITTER * torch.randn(mixed.shape, generator=generator)
+
+
+def records_from_dictionary(
+    dictionary: Dictionary, features: FeatureMap, rows: int, generator: torch.Generator
+) -> Tensor:
+    """Public records drawn from the dictionary alone: scaled values from N(0, 1) held within the
+    plausible range, categories uniformly, optional columns absent half of the time."""
+    columns: list[Tensor] = []
+    for column in dictionary.columns:
+        absent = (
+            torch.rand(rows, 1, generator=generator) < 0.5
+            if column.optional
+            else torch.zeros(rows, 1, dtype=torch.bool)
+        )
+        if column.kind == "numeric":
+            block = torch.randn(rows, 1, generator=generator).clamp(-2, 2)
+        elif column.kind == "binary":
+            block = torch.randint(2, (rows, 1), generator=generator).float() - 0.5
+        else:
+            choice = torch.randint(len(column.categories), (rows,), generator=generator)
+            block = torch.eye(len(column.categories))[choice]
+        block = block.masked_fill(absent, 0.0)
+        columns.append(torch.cat([block, absent.float()], dim=1) if column.optional else block)
+    drawn = torch.cat(columns, dim=1)
+    if drawn.shape[1] != features.width:
+        raise ValueError(f"drew {drawn.shape[1]} inputs for a map of {features.width}")
+    return drawn

@@ -1,0 +1,93 @@
+"""Small networks without BatchNorm: normalising over a batch mixes patients, so that no
+per-patient gradient exists. GroupNorm normalises each record by itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Teacher(nn.Module):
+    """An encoder, pre-trained on public data, and a linear head for the study's question.
+
+    ``skip`` > 0: the head also sees the ``skip`` raw inputs ("wide and deep", Cheng et al. 2016):
+    under strong noise the linear part learns first.
+    """
+
+    def __init__(self, encoder: nn.Module, *, width: int, skip: int, outputs: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.skip = skip
+        self.head = nn.Linear(width + skip, outputs)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Answers [rows, outputs]."""
+        return self.head(self.represent(inputs))  # type: ignore[no-any-return]
+
+    def represent(self, inputs: Tensor) -> Tensor:
+        """What the head sees of each record: [rows, width + skip]."""
+        code: Tensor = self.encoder(inputs)
+        return torch.cat([code, inputs], dim=1) if self.skip else code
+
+
+class Student(nn.Module):
+    """One plain network, small enough to run and explain anywhere."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Answers [rows, outputs]."""
+        return self.network(inputs)  # type: ignore[no-any-return]
+
+
+def table_encoder(width: int, hidden: tuple[int, ...]) -> nn.Sequential:
+    """Linear and GELU layers: [rows, width] → [rows, hidden[-1]].
+
+    The last layer is followed by tanh: a bounded code bounds a head's gradient.
+    """
+    layers: list[nn.Module] = []
+    for size in hidden:
+        layers += [
+            nn.Linear(width, size),
+            nn.GELU() if len(layers) < 2 * len(hidden) - 2 else nn.Tanh(),
+        ]
+        width = size
+    return nn.Sequential(*layers)
+
+
+def _stages(channels: tuple[int, ...]) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    incoming = 1
+    for outgoing in channels:
+        layers += [
+            nn.Conv2d(incoming, outgoing, kernel_size=3, stride=2, padding=1),
+            nn.GroupNorm(min(4, outgoing), outgoing),
+            nn.GELU(),
+        ]
+        incoming = outgoing
+    return layers
+
+
+def image_encoder(shape: tuple[int, int], hidden: tuple[int, ...]) -> nn.Sequential:
+    """Strided convolutions, then a code: [rows, 1, h, w] → [rows, hidden[-1]].
+
+    ``hidden`` lists the channels of each halving stage and, last, the width of the code.
+    """
+    *channels, code = hidden
+    cells = _cells(shape, len(channels)) * (channels[-1] if channels else 1)
+    return nn.Sequential(*_stages(tuple(channels)), nn.Flatten(), nn.Linear(cells, code), nn.Tanh())
+
+
+def image_student(shape: tuple[int, int], hidden: tuple[int, ...], outputs: int) -> Student:
+    """A few strided convolutions and one linear layer."""
+    cells = _cells(shape, len(hidden)) * hidden[-1]
+    return Student(nn.Sequential(*_stages(hidden), nn.Flatten(), nn.Linear(cells, outputs)))
+
+
+def _cells(shape: tuple[int, int], halvings: int) -> int:
+    height, width = shape
+    for _ in range(halvings):
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return height * width

@@ -1,0 +1,442 @@
+"""The study file: one TOML text that says everything about a study.
+
+Parsed into frozen, fully validated objects. What is unknown or impossible is refused in one line
+that names the key, what was expected, what was found and the nearest valid choice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import tomli_w
+from pydantic import Field, ValidationError, model_validator
+
+from common.dictionary import Dictionary, Strict
+from common.errors import StudyError, nearest
+from common.privacy.units import PrivacyUnit, Relation, Trust
+from common.sources import SourceSpec
+
+Model = TypeVar("Model", bound=Strict)
+
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+# TOML carries words, the code carries types; strict mode would refuse the conversion.
+UnitField = Annotated[PrivacyUnit, Field(strict=False)]
+RelationField = Annotated[Relation, Field(strict=False)]
+TrustField = Annotated[Trust, Field(strict=False)]
+
+
+class ModelSpec(Strict):
+    """Size and shape of a network.
+
+    ``hidden``: widths of the hidden layers of an ``mlp``, channels of a ``cnn``'s stages.
+    ``skip``: the head also sees the inputs themselves (an ``mlp`` on tables only).
+    """
+
+    kind: Literal["mlp", "cnn"] = "mlp"
+    hidden: tuple[Count, ...] = Field(min_length=1)
+    skip: bool = False
+
+
+class OptimiserSpec(Strict):
+    """How a gradient becomes a step. See docs/optimisers.md for how to choose."""
+
+    kind: Literal["sgd", "momentum", "adam", "adamw"] = "sgd"
+    learning_rate: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    schedule: Literal["constant", "cosine", "plateau"] = "constant"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class PretrainSpec(Strict):
+    """Self-supervised learning on the public corpus, at the coordinator.
+
+    ``mask_rate``: the share of columns (or image patches) hidden and to be reconstructed.
+    ``steps = 0`` leaves the teacher at its random start (the ablation).
+    """
+
+    steps: Annotated[int, Field(ge=0)] = 400
+    batch: Count = 64
+    mask_rate: Fraction = 0.3
+    optimiser: OptimiserSpec
+
+
+class FinetuneSpec(Strict):
+    """The teacher learns from patients, at the hospitals.
+
+    ``trainable``: ``head`` (the pre-trained encoder stays frozen) or ``all``.
+    """
+
+    rounds: Count
+    local_steps: Count = 1
+    sampling_rate: Fraction = 1.0
+    trainable: Literal["head", "all"] = "head"
+    optimiser: OptimiserSpec
+
+    @property
+    def releases(self) -> int:
+        """Noised steps over the whole stage."""
+        return self.rounds * self.local_steps
+
+
+class DistillSpec(Strict):
+    """The student learns to answer as the teacher does.
+
+    ``on = "public"``: at the coordinator, on the public corpus and mixtures of it; free.
+    ``on = "patients"``: at the hospitals, as ``rounds`` × ``local_steps`` charged steps.
+    ``temperature`` softens the targets (Hinton et al. 2015, arXiv 1503.02531).
+    """
+
+    on: Literal["public", "patients"] = "public"
+    temperature: Positive = 2.0
+    steps: Count = 600
+    batch: Count = 128
+    rounds: Count = 10
+    local_steps: Count = 1
+    sampling_rate: Fraction = 1.0
+    optimiser: OptimiserSpec
+
+    @property
+    def releases(self) -> int:
+        """Noised steps over the whole stage; none on public data."""
+        return self.rounds * self.local_steps if self.on == "patients" else 0
+
+
+class PublicSpec(Strict):
+    """The public corpus: records with no privacy claim, and without labels.
+
+    ``held_apart``: a simulation sets this fraction of patients aside before the hospitals exist.
+    ``file``: a data file at the coordinator, read by the study's dictionary.
+    ``dictionary``: records drawn from the dictionary's ranges alone; no patient at all.
+    """
+
+    kind: Literal["held_apart", "file", "dictionary"] = "dictionary"
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    records: Count = 512
+    source: SourceSpec | None = None
+
+    @model_validator(mode="after")
+    def _file_has_source(self) -> Self:
+        if (self.kind == "file") != (self.source is not None):
+            raise ValueError("[public.source] belongs to kind = 'file', and only to it")
+        return self
+
+
+class PrivacySpec(Strict):
+    """The promise. ``epsilon`` covers all rounds and stages together.
+
+    ``statistics_share``: the part of the budget (as a share of squared signal-to-noise) spent on
+    private scaling when ``scaling = "private"``.
+    """
+
+    unit: UnitField = PrivacyUnit.PATIENT
+    relation: RelationField = Relation.ADD_REMOVE
+    trust: TrustField = Trust.LOCAL
+    epsilon: Positive | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    clip_norm: Positive = 1.0
+    records_per_patient: Count = 8
+    statistics_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _promise_is_complete(self) -> Self:
+        if self.trust is Trust.NONE:
+            if self.epsilon is not None or self.delta is not None:
+                raise ValueError(
+                    "trust = 'none' makes no promise: leave out epsilon and delta, "
+                    "or set trust = 'local'"
+                )
+        elif self.epsilon is None or self.delta is None:
+            raise ValueError(f"trust = {self.trust.value!r} needs both epsilon and delta")
+        if self.unit is PrivacyUnit.RECORD and "records_per_patient" in self.model_fields_set:
+            raise ValueError(
+                "records_per_patient has no meaning with unit = 'record'; "
+                "leave it out or set unit = 'patient'"
+            )
+        return self
+
+
+class FederationSpec(Strict):
+    """How hospitals' updates become one.
+
+    ``weighting``: ``declared`` uses the number of patients each hospital declares in public
+    (rounded, by itself); ``uniform`` counts hospitals alike. True counts never leave.
+    ``tail_average``: the share of the last rounds whose models are averaged; free, and under
+    noise usually better than the last one alone (Polyak & Juditsky 1992).
+    """
+
+    rule: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedprox"] = "fedavg"
+    server_learning_rate: Positive = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    tau: Positive = 1e-3
+    proximal_mu: Annotated[float, Field(ge=0)] = 0.0
+    weighting: Literal["declared", "uniform"] = "declared"
+    tail_average: Annotated[float, Field(ge=0, le=1)] = 0.0
+    minimum_hospitals: Count = 2
+    round_timeout_s: Positive = 3600.0
+
+    @model_validator(mode="after")
+    def _mu_belongs_to_fedprox(self) -> Self:
+        if (self.rule == "fedprox") != (self.proximal_mu > 0):
+            raise ValueError(
+                f"proximal_mu above 0 belongs to rule = 'fedprox', and only to it; "
+                f"found rule = {self.rule!r} and proximal_mu = {self.proximal_mu}"
+            )
+        return self
+
+
+class EvaluationSpec(Strict):
+    """Each hospital keeps one of ``folds`` equal parts of its patients for testing.
+
+    Exact scores stay at the hospital. With ``epsilon`` a noised histogram of scores by label is
+    released once, charged to the test patients (who are never trained on).
+    """
+
+    folds: Annotated[int, Field(ge=2)] = 4
+    fold: Annotated[int, Field(ge=0)] = 0
+    epsilon: Positive | None = None
+    bins: Annotated[int, Field(ge=2, le=100)] = 20
+
+    @model_validator(mode="after")
+    def _fold_exists(self) -> Self:
+        if self.fold >= self.folds:
+            raise ValueError(f"fold counts from 0 to {self.folds - 1}, found {self.fold}")
+        return self
+
+
+class HospitalData(Strict):
+    """One hospital of a simulation with natural sites."""
+
+    name: str = Field(min_length=1)
+    source: SourceSpec
+
+
+class SimulationSpec(Strict):
+    """Where a simulation's hospitals come from; a deployment ignores it.
+
+    Either ``hospital`` entries (natural sites), or one ``source`` cut into ``hospitals`` parts by
+    ``partition``: ``equal``, ``power_law`` (sizes ∝ rank to the power −``exponent``), or
+    ``label_skew`` (class shares by a Dirichlet law of ``concentration``, Hsu et al. 2019).
+    """
+
+    hospital: tuple[HospitalData, ...] = ()
+    source: SourceSpec | None = None
+    hospitals: Count | None = None
+    partition: Literal["equal", "power_law", "label_skew"] = "equal"
+    exponent: Annotated[float, Field(ge=0)] = 1.0
+    concentration: Positive = 0.5
+
+    @model_validator(mode="after")
+    def _one_way_only(self) -> Self:
+        if bool(self.hospital) == (self.source is not None):
+            raise ValueError(
+                "give either [[simulation.hospital]] entries or one [simulation.source], "
+                "not both and not neither"
+            )
+        if (self.source is not None) != (self.hospitals is not None):
+            raise ValueError("hospitals = N belongs to [simulation.source], and only to it")
+        names = [hospital.name for hospital in self.hospital]
+        if len(set(names)) != len(names):
+            raise ValueError(f"hospital names must differ, found {names}")
+        return self
+
+
+class Study(Strict):
+    """A whole study. See deploy/examples/ for commented files."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
+    task: Literal["diagnosis", "imaging"]
+    seed: Annotated[int, Field(ge=0)] = 0
+    scaling: Literal["ranges", "public", "private"] = "ranges"
+    dictionary: Dictionary
+    public: PublicSpec = PublicSpec()
+    teacher: ModelSpec
+    student: ModelSpec
+    pretrain: PretrainSpec
+    finetune: FinetuneSpec
+    distill: DistillSpec
+    privacy: PrivacySpec
+    federation: FederationSpec = FederationSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    simulation: SimulationSpec | None = None
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        image = self.dictionary.image_shape is not None
+        if image != (self.task == "imaging"):
+            raise ValueError(
+                f"task = {self.task!r} "
+                + (
+                    "needs one image column"
+                    if not image
+                    else "takes no image column; did you mean task = 'imaging'?"
+                )
+            )
+        wanted = "cnn" if image else "mlp"
+        for role, spec in (("teacher", self.teacher), ("student", self.student)):
+            if spec.kind != wanted:
+                raise ValueError(
+                    f"{role}.kind: expected {wanted!r} for task = {self.task!r}, "
+                    f"found {spec.kind!r}"
+                )
+            if spec.skip and image:
+                raise ValueError(f"{role}.skip belongs to tables; leave it out for images")
+        if self.student.skip:
+            raise ValueError("student.skip: a student is one plain network; leave it out")
+        if image and self.scaling != "ranges":
+            raise ValueError(
+                f"scaling: expected 'ranges' for images (pixels have one), found {self.scaling!r}"
+            )
+        if self.scaling == "public" and self.public.kind == "dictionary":
+            raise ValueError(
+                "scaling = 'public' needs a public corpus of real records: set public.kind to "
+                "'held_apart' or 'file', or scaling = 'ranges'"
+            )
+        if self.public.kind == "dictionary" and image:
+            raise ValueError(
+                "public.kind = 'dictionary' cannot draw images: set 'held_apart' or 'file'"
+            )
+        for stage, optimiser, private in (
+            ("finetune", self.finetune.optimiser, True),
+            ("distill", self.distill.optimiser, self.distill.on == "patients"),
+        ):
+            if private and optimiser.schedule == "plateau":
+                raise ValueError(
+                    f"{stage}.optimiser.schedule: 'plateau' watches a loss, and a loss on patients "
+                    f"would have to be charged; did you mean 'cosine'?"
+                )
+        if self.privacy.delta is not None and self.privacy.delta >= 1e-2:
+            raise ValueError(
+                f"privacy.delta: expected far below 1 / patients (1e-5 is usual), "
+                f"found {self.privacy.delta}"
+            )
+        return self
+
+    def digest(self) -> str:
+        """SHA-256 of what binds the parties: the study without its simulation section."""
+        return _digest(self.model_dump(mode="json", exclude={"simulation"}))
+
+    def revised(self, **changes: Any) -> Study:
+        """A validated copy; keys are dotted with ``__``: ``revised(privacy__epsilon=1.0)``.
+
+        A value of None removes the key.
+        """
+        tree = self.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+        for path, value in changes.items():
+            *parents, leaf = path.split("__")
+            node = tree
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            if value is None:
+                node.pop(leaf, None)
+            else:
+                node[leaf] = value
+        return parse_study(tree, origin=self.name)
+
+    def to_toml(self) -> str:
+        """The resolved study, defaults spelled out, as TOML that parses to the same study."""
+        return tomli_w.dumps(
+            self.model_dump(mode="json", exclude_none=True, exclude_defaults=False)
+            | self._unset_conflicts()
+        )
+
+    def _unset_conflicts(self) -> dict[str, Any]:
+        # A key that is refused together with another must stay out when it was not given.
+        if self.privacy.unit is PrivacyUnit.RECORD:
+            privacy = self.privacy.model_dump(mode="json", exclude_none=True)
+            privacy.pop("records_per_patient")
+            return {"privacy": privacy}
+        return {}
+
+
+def load_study(path: Path) -> Study:
+    """Read and validate a study file. Raises StudyError in one line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise StudyError(f"{path}: no such study file; see deploy/examples/ for some") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path}: cannot be read as text ({error})") from None
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise StudyError(f"{path}: not valid TOML: {error}") from None
+    return parse_study(tree, origin=str(path))
+
+
+def parse_study(tree: dict[str, Any], *, origin: str) -> Study:
+    """Validate an already parsed study."""
+    return parse_strict(Study, tree, origin=origin)
+
+
+def parse_strict(model: type[Model], tree: dict[str, Any], *, origin: str) -> Model:
+    """Validate ``tree`` as ``model``; the first error becomes one line."""
+    try:
+        # JSON mode: strict about types, yet lists become tuples and words become enums.
+        return model.model_validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        raise StudyError(f"{origin}: {_one_line(model, error)}") from None
+
+
+def _one_line(model: type[Strict], error: ValidationError) -> str:
+    # A mistyped key also leaves the right one missing; the mistyping is the thing to say.
+    rank = {"extra_forbidden": 0, "missing": 2}
+    first = min(error.errors(include_url=False), key=lambda one: rank.get(one["type"], 1))
+    location = list(first["loc"])
+    key = ".".join(str(part) for part in location)
+    found = first.get("input")
+    shown = repr(found) if not isinstance(found, dict | list) else f"a {type(found).__name__}"
+    kind, context = first["type"], first.get("ctx", {})
+    if kind == "extra_forbidden":
+        parent = _model_at(model, location[:-1])
+        known = list(parent.model_fields) if parent else []
+        return f"{key}: unknown key; {nearest(str(location[-1]), known)}"
+    if kind in ("literal_error", "enum"):
+        choices = [
+            word.strip().strip("'") for word in context["expected"].replace(" or ", ", ").split(",")
+        ]
+        return (
+            f"{key}: expected one of {', '.join(choices)}, found {shown}; "
+            f"{nearest(str(found), choices)}"
+        )
+    if kind == "missing":
+        return f"{key}: missing; every study needs it"
+    if kind == "value_error":
+        return f"{key + ': ' if key else ''}{context['error']}"
+    message = first["msg"].replace("Input should be", "expected")
+    return f"{key}: {message[0].lower()}{message[1:]}, found {shown}"
+
+
+def _model_at(model: type[Strict], location: list[str | int]) -> type[Strict] | None:
+    """The model that owns the key at ``location``, followed through tuples and optionals."""
+    current: Any = model
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = getattr(current, "model_fields", {}).get(part)
+        if field is None:
+            return None
+        current = _inner_model(field.annotation)
+    return current if isinstance(current, type) and issubclass(current, Strict) else None
+
+
+def _inner_model(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, Strict):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        if (inner := _inner_model(argument)) is not None:
+            return inner
+    return None
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,379 @@
+"""A study from beginning to end, as the coordinator conducts it.
+
+Every finished round is a checkpoint; calling :func:`conduct` on an interrupted run continues it
+to the result it would have had.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from common.errors import RunError
+from common.features import (
+    FeatureMap,
+    Scaling,
+    corpus_scaling,
+    private_scaling,
+    range_scaling,
+    scaling_from_tensor,
+    scaling_tensor,
+)
+from common.learning.distill import distill_publicly, records_from_dictionary
+from common.learning.pretrain import pretrain
+from common.models import Student, Teacher, build_student, build_teacher, count_parameters
+from common.privacy.budget import Budget, budget_of
+from common.study import Study
+from common.tables import Table
+from common.tensors import get_vector, set_vector
+from common.wire import (
+    EvaluateReply,
+    EvaluateTask,
+    Hello,
+    HelloReply,
+    StatisticsReply,
+    StatisticsTask,
+    TrainReply,
+    TrainTask,
+)
+from server import rules
+from server.store import Checkpoint, RunFolder
+
+Reply = TypeVar("Reply")
+
+
+class Link(Protocol):
+    """The coordinator's only way to the hospitals; Flower's grid behind it, or a test's."""
+
+    def ask(self, action: str, task: Any, kind: type[Reply]) -> Iterator[Reply]:
+        """Send ``task`` to every hospital; their replies, as they come. Failures are left out."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a study stands, for whoever watches."""
+
+    stage: str
+    round: int
+    rounds: int
+    hospitals: int
+    epsilon: float | None
+    elapsed_s: float
+    eta_s: float | None  # to the end of this stage
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished study yields at the coordinator."""
+
+    teacher: Teacher
+    student: Student
+    scaling: Scaling
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Conductor:
+    """What stays the same over a whole study."""
+
+    study: Study
+    link: Link
+    run: RunFolder
+    budget: Budget
+    members: dict[str, HelloReply]
+    watch: Callable[[Progress], None]
+    started: float
+
+    def ask(self, action: str, task: Any, kind: type[Reply]) -> Iterator[Reply]:
+        """Replies of enrolled hospitals; fewer than the study's minimum is an error."""
+        count = 0
+        for reply in self.link.ask(action, task, kind):
+            name = reply.hospital  # type: ignore[attr-defined]
+            if name in self.members:
+                count += 1
+                yield reply
+        if count < self.study.federation.minimum_hospitals:
+            raise RunError(
+                f"{action}: expected answers from at least "
+                f"{self.study.federation.minimum_hospitals} hospitals, found {count}; the run "
+                f"stopped after its last finished round and can be resumed"
+            )
+
+    def weight(self, hospital: str) -> float:
+        """The public weight of a hospital."""
+        declared = self.study.federation.weighting == "declared"
+        return float(self.members[hospital].declared_patients) if declared else 1.0
+
+    def report(
+        self, stage: str, number: int, rounds: int, hospitals: int, eta_s: float | None = None
+    ) -> None:
+        """Tell whoever watches, and log the round."""
+        spent = self.budget.spent(stage, number) if self._charged(stage) else None
+        self.watch(
+            Progress(
+                stage=stage,
+                round=number,
+                rounds=rounds,
+                hospitals=hospitals,
+                epsilon=spent,
+                elapsed_s=time.monotonic() - self.started,
+                eta_s=eta_s,
+            )
+        )
+        self.run.log({"stage": stage, "round": number, "hospitals": hospitals, "epsilon": spent})
+
+    def _charged(self, stage: str) -> bool:
+        return any(charge.stage == stage for charge in self.budget.charges)
+
+
+def conduct(
+    study: Study,
+    link: Link,
+    run: RunFolder,
+    corpus: Table | None,
+    watch: Callable[[Progress], None],
+) -> Outcome:
+    """Conduct ``study`` over ``link``; everything is kept in ``run``.
+
+    ``corpus``: public records, or None when the study draws them from its dictionary.
+    """
+    budget = budget_of(study)
+    done = run.last_checkpoint()
+    members = _members(study, link)
+    desk = Conductor(study, link, run, budget, members, watch, time.monotonic())
+
+    scaling = _scaling(desk, corpus, done)
+    features = FeatureMap(study.dictionary, scaling)
+    public = _public_inputs(study, features, corpus)
+    teacher, student = build_teacher(study, features), build_student(study, features)
+    facts: dict[str, Any] = dict(done.facts) if done else {}
+    facts |= {
+        "teacher_parameters": count_parameters(teacher),
+        "student_parameters": count_parameters(student),
+        "hospitals": sorted(members),
+        "secret_noise": all(one.secret_noise for one in members.values()),
+    }
+    moments = scaling_tensor(study.dictionary, scaling)
+
+    if done is None or done.stage == "statistics":
+        loss = pretrain(study, teacher, features, public)
+        facts["pretrain_loss"] = loss
+        desk.report("pretrain", 1, 1, 0)
+        run.checkpoint(_checkpoint("pretrain", 1, teacher, student, moments, facts))
+    else:
+        teacher.load_state_dict(_prefixed(done.tensors, "teacher"))
+        student.load_state_dict(_prefixed(done.tensors, "student"))
+
+    if done is None or done.stage in ("statistics", "pretrain", "finetune"):
+        teacher.encoder.requires_grad_(study.finetune.trainable == "all")
+        _charged_stage(
+            desk,
+            "finetune",
+            teacher,
+            student,
+            teacher,
+            moments,
+            facts,
+            done if done and done.stage == "finetune" else None,
+        )
+        teacher.requires_grad_(True)
+
+    if study.distill.on == "public":
+        if done is None or done.stage != "distill":
+            facts["distill_loss"] = distill_publicly(study, teacher, student, public)
+            desk.report("distill", 1, 1, 0)
+            run.checkpoint(_checkpoint("distill", 1, teacher, student, moments, facts))
+    else:
+        _charged_stage(
+            desk,
+            "distill",
+            teacher,
+            student,
+            student,
+            moments,
+            facts,
+            done if done and done.stage == "distill" else None,
+        )
+
+    facts["evaluation"] = _evaluate(desk, student, moments)
+    return Outcome(teacher, student, scaling, facts)
+
+
+def _charged_stage(
+    desk: Conductor,
+    stage: str,
+    teacher: Teacher,
+    student: Student,
+    model: Teacher | Student,
+    moments: Tensor,
+    facts: dict[str, Any],
+    done: Checkpoint | None,
+) -> None:
+    """All rounds of ``stage``; ``model`` (teacher or student) holds the result afterwards."""
+    charge = desk.budget.charge(stage)
+    state = _rule_state(done) if done else rules.start(get_vector(model))
+    first, began = done.round if done else 0, time.monotonic()
+    for number in range(first, charge.rounds):
+        set_vector(model, state.weights)
+        task = TrainTask(
+            study_digest=desk.study.digest(),
+            stage=stage,
+            round=number,
+            attempt=0,
+            teacher=_state(teacher),
+            student=_state(student),
+            scaling=moments,
+        )
+        summed = rules.Accumulator.empty(state.weights.numel())
+        for reply in desk.ask("train", task, TrainReply):
+            if reply.update.shape == state.weights.shape and reply.round == number:
+                summed = summed.add(reply.update, desk.weight(reply.hospital))
+        state = rules.apply(
+            desk.study.federation, state, summed.mean(), round_number=number, rounds=charge.rounds
+        )
+        set_vector(model, state.weights)
+        desk.run.save_round(stage, number + 1, state.weights)
+        each_s = (time.monotonic() - began) / (number + 1 - first)
+        desk.report(
+            stage,
+            number + 1,
+            charge.rounds,
+            summed.hospitals,
+            eta_s=each_s * (charge.rounds - number - 1),
+        )
+        if number + 1 < charge.rounds:
+            desk.run.checkpoint(
+                _checkpoint(stage, number + 1, teacher, student, moments, facts, state)
+            )
+    set_vector(model, rules.result(state))
+    desk.run.save_round(stage, charge.rounds, rules.result(state))
+    desk.run.checkpoint(
+        _checkpoint(
+            stage,
+            charge.rounds,
+            teacher,
+            student,
+            moments,
+            facts,
+            replace(state, weights=rules.result(state)),
+        )
+    )
+
+
+def _members(study: Study, link: Link) -> dict[str, HelloReply]:
+    """The hospitals that hold this study, by name."""
+    digest = study.digest()
+    replies = list(link.ask("hello", Hello(study_digest=digest), HelloReply))
+    members = {
+        one.hospital: one
+        for one in replies
+        if one.study_digest == digest and one.declared_patients > 0
+    }
+    if len(members) < len(replies):
+        raise RunError(
+            f"expected {len(replies)} hospitals with different names and a positive declared "
+            f"size, found {len(members)}"
+        )
+    if len(members) < study.federation.minimum_hospitals:
+        raise RunError(
+            f"expected at least {study.federation.minimum_hospitals} hospitals, "
+            f"found {len(members)}; wait for more or lower federation.minimum_hospitals"
+        )
+    return members
+
+
+def _scaling(desk: Conductor, corpus: Table | None, done: Checkpoint | None) -> Scaling:
+    study = desk.study
+    if done is not None:
+        return scaling_from_tensor(study.dictionary, done.tensors["scaling"])
+    if study.scaling == "ranges":
+        return range_scaling(study.dictionary)
+    if study.scaling == "public":
+        if corpus is None:
+            raise RunError("scaling = 'public' needs the public corpus, found none")
+        return corpus_scaling(corpus)
+    plan = desk.budget.charge("statistics").plan
+    task = StatisticsTask(study_digest=study.digest(), attempt=0)
+    total, hospitals = None, 0
+    for reply in desk.ask("statistics", task, StatisticsReply):
+        total = reply.sums if total is None else total + reply.sums
+        hospitals += 1
+    assert total is not None  # noqa: S101  (ask() has refused an empty round)
+    scaling = private_scaling(study.dictionary, total, plan.noise_std * math.sqrt(hospitals))
+    desk.report("statistics", 1, 1, hospitals)
+    desk.run.checkpoint(
+        Checkpoint("statistics", 1, {"scaling": scaling_tensor(study.dictionary, scaling)}, {})
+    )
+    return scaling
+
+
+def _public_inputs(study: Study, features: FeatureMap, corpus: Table | None) -> Tensor:
+    if corpus is not None:
+        return features.encode(corpus)
+    generator = torch.Generator().manual_seed(study.seed + 5)
+    return records_from_dictionary(study.dictionary, features, study.public.records, generator)
+
+
+def _evaluate(desk: Conductor, student: Student, moments: Tensor) -> dict[str, Any]:
+    """The noised histograms hospitals release, as lists; empty without an evaluation budget."""
+    if desk.study.evaluation.epsilon is None:
+        return {}
+    task = EvaluateTask(study_digest=desk.study.digest(), student=_state(student), scaling=moments)
+    return {
+        reply.hospital: reply.histogram.tolist()
+        for reply in desk.ask("evaluate", task, EvaluateReply)
+    }
+
+
+def _state(model: Teacher | Student) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _checkpoint(
+    stage: str,
+    number: int,
+    teacher: Teacher,
+    student: Student,
+    moments: Tensor,
+    facts: dict[str, Any],
+    state: rules.RuleState | None = None,
+) -> Checkpoint:
+    tensors = {f"teacher/{name}": t for name, t in _state(teacher).items()}
+    tensors |= {f"student/{name}": t for name, t in _state(student).items()}
+    tensors["scaling"] = moments
+    facts = dict(facts)
+    if state is not None:
+        tensors |= {
+            "rule/weights": state.weights,
+            "rule/first": state.first,
+            "rule/second": state.second,
+            "rule/tail_sum": state.tail_sum,
+        }
+        facts["tail_count"] = state.tail_count
+    return Checkpoint(stage, number, tensors, facts)
+
+
+def _rule_state(done: Checkpoint) -> rules.RuleState:
+    rule = _prefixed(done.tensors, "rule")
+    return rules.RuleState(
+        rule["weights"],
+        rule["first"],
+        rule["second"],
+        rule["tail_sum"],
+        int(done.facts["tail_count"]),
+    )
+
+
+def _prefixed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix + "/"): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix + "/")
+    }

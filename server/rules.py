@@ -1,0 +1,102 @@
+"""Aggregation rules: small pure functions over immutable state.
+
+Updates are summed while replies stream in; only the running sum and the number of hospitals are
+held. Sign convention: an update is (local weights − global weights), so the server *adds* it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from common.study import FederationSpec
+
+
+@dataclass(frozen=True)
+class Accumulator:
+    """The weighted sum of the updates seen so far, in float64 [d].
+
+    In float64 the order of arrival changes the mean of float32 updates by less than their own
+    rounding, so that engines with different timing agree.
+    """
+
+    total: Tensor
+    weight: float
+    hospitals: int
+
+    @classmethod
+    def empty(cls, size: int) -> Accumulator:
+        """Nothing seen yet."""
+        return cls(torch.zeros(size, dtype=torch.float64), 0.0, 0)
+
+    def add(self, update: Tensor, weight: float) -> Accumulator:
+        """With one more update [d]. Reuses the sum's memory: the old accumulator is spent."""
+        self.total.add_(update.double(), alpha=weight)
+        return Accumulator(self.total, self.weight + weight, self.hospitals + 1)
+
+    def mean(self) -> Tensor:
+        """The weighted mean update [d]; zero if nothing came."""
+        return (self.total / self.weight if self.weight else self.total).float()
+
+
+@dataclass(frozen=True)
+class RuleState:
+    """Global weights [d], the rule's two moments [d], and the running tail sum [d]."""
+
+    weights: Tensor
+    first: Tensor
+    second: Tensor
+    tail_sum: Tensor
+    tail_count: int = 0
+
+
+def start(weights: Tensor) -> RuleState:
+    """The state before the first round."""
+    zeros = torch.zeros_like(weights)
+    return RuleState(weights, zeros, zeros.clone(), torch.zeros_like(weights, dtype=torch.float64))
+
+
+def apply(
+    spec: FederationSpec, state: RuleState, update: Tensor, *, round_number: int, rounds: int
+) -> RuleState:
+    """The state after a round whose mean update is ``update`` [d].
+
+    ``fedavg``, ``fedprox``: w + η Δ (McMahan et al. 2017; Li et al. 2020).
+    ``fedavgm``: m ← β m + Δ, w + η m (Hsu et al. 2019, eq. 2).
+    ``fedadam``, ``fedyogi``: Reddi et al. 2021 (arXiv 2003.00295), algorithm 2:
+    m ← β₁ m + (1−β₁) Δ; v ← β₂ v + (1−β₂) Δ² (Adam) or v − (1−β₂) Δ² sign(v − Δ²) (Yogi);
+    w + η m / (√v + τ), with v starting at τ².
+    """
+    rate, beta1, beta2, tau = (spec.server_learning_rate, spec.momentum, spec.beta2, spec.tau)
+    first, second = state.first, state.second
+    if spec.rule in ("fedavg", "fedprox"):
+        move = update
+    elif spec.rule == "fedavgm":
+        first = beta1 * first + update
+        move = first
+    else:
+        square = update.square()
+        if round_number == 0:
+            second = torch.full_like(second, tau**2)
+        first = beta1 * first + (1 - beta1) * update
+        if spec.rule == "fedadam":
+            second = beta2 * second + (1 - beta2) * square
+        else:
+            second = second - (1 - beta2) * square * torch.sign(second - square)
+        move = first / (second.sqrt() + tau)
+    weights = state.weights + rate * move
+    state = replace(state, weights=weights, first=first, second=second)
+    if round_number >= rounds - round(spec.tail_average * rounds):
+        state = replace(
+            state, tail_sum=state.tail_sum + weights.double(), tail_count=state.tail_count + 1
+        )
+    return state
+
+
+def result(state: RuleState) -> Tensor:
+    """The stage's final weights [d]: the mean over the tail, or the last ones."""
+    if state.tail_count:
+        return (state.tail_sum / state.tail_count).float()
+    return state.weights

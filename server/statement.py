@@ -1,0 +1,135 @@
+"""The privacy statement: what was promised, to whom, and what was charged for what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from common.errors import RunError
+from common.privacy.budget import Budget, budget_of
+from common.privacy.units import Trust
+from common.study import Study
+from server.store import RunFolder
+
+
+def privacy_statement(study: Study, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The statement as plain data; :func:`statement_text` puts it in words.
+
+    ``facts``: which ``hospitals`` took part, and whether all used ``secret_noise``.
+    """
+    budget = budget_of(study)
+    privacy = study.privacy
+    secret_noise = bool(facts["secret_noise"])
+    return {
+        "guaranteed": privacy.trust is not Trust.NONE and secret_noise,
+        "secret_noise": secret_noise,
+        "unit": privacy.unit.value,
+        "relation": privacy.relation.value,
+        "trust": privacy.trust.value,
+        "epsilon_target": privacy.epsilon,
+        "epsilon_spent": budget.total(),
+        "delta": privacy.delta,
+        "accounting": "privacy loss distributions (dp-accounting), all stages composed",
+        "charges": _charges(budget, study),
+        "free": _free(study),
+        "hospitals": facts["hospitals"],
+        "study_digest": study.digest(),
+    }
+
+
+def recomputed_statement(run: RunFolder, study: Study) -> dict[str, Any]:
+    """The statement computed anew from the stored study; raises RunError where it differs from
+    the stored one, which was then edited or made by other software."""
+    stored = run.read_json("privacy.json")
+    anew = privacy_statement(study, stored)
+    for key, value in anew.items():
+        if json.loads(json.dumps(value)) != stored.get(key):
+            raise RunError(
+                f"{run.path / 'privacy.json'}: {key} expected {value!r} from the study, "
+                f"found {stored.get(key)!r}; do not rely on this statement"
+            )
+    return anew
+
+
+def _charges(budget: Budget, study: Study) -> list[dict[str, Any]]:
+    rows = [
+        {
+            "stage": one.stage,
+            "patients": "training",
+            "rounds": one.rounds,
+            "steps_per_round": one.steps_per_round,
+            "sampling_rate": one.plan.sampling_rate,
+            "noise_multiplier": one.plan.noise_multiplier,
+            "clip_norm": one.plan.clip_norm,
+            "epsilon_after": budget.spent(one.stage, one.rounds),
+        }
+        for one in budget.charges
+    ]
+    if study.evaluation.epsilon is not None:
+        rows.append(
+            {
+                "stage": "evaluate",
+                "patients": "testing",
+                "rounds": 1,
+                "steps_per_round": 1,
+                "sampling_rate": 1.0,
+                "noise_multiplier": None,
+                "clip_norm": 1.0,
+                "epsilon_after": study.evaluation.epsilon,
+            }
+        )
+    return rows
+
+
+def _free(study: Study) -> list[str]:
+    items = [f"pre-training on the public corpus ({study.public.kind})"]
+    if study.distill.on == "public":
+        items.append("distillation on public records: post-processing of the private teacher")
+    items.append("declared numbers of patients: each hospital's own rounded public word")
+    return items
+
+
+def statement_text(statement: dict[str, Any]) -> str:
+    """The statement in words, as Markdown."""
+    unit = statement["unit"]
+    if statement["trust"] == Trust.NONE.value:
+        promise = (
+            "**No privacy guarantee.** This run clipped nothing and added no noise; it may "
+            "only be made on public data, for comparison."
+        )
+    elif not statement["secret_noise"]:
+        promise = (
+            "**No privacy guarantee.** The noise came from a seed (test noise): whoever "
+            "knows the seed can remove it."
+        )
+    else:
+        promise = (
+            f"Every hospital's releases, seen together by anyone, are "
+            f"(ε = {statement['epsilon_spent']:.3g}, δ = {statement['delta']:g})-differentially "
+            f"private for each {unit} ({statement['relation'].replace('_', ' ')}). "
+            f"The guarantee holds against the coordinator, all other hospitals together, and "
+            f"every reader of the models: each hospital's noise alone suffices (trust = "
+            f'"local"). It does not hold against who reads the hospital\'s own machines.'
+        )
+    lines = [
+        "# Privacy statement",
+        "",
+        promise,
+        "",
+        "| stage | charged to | rounds × steps | "
+        "sampling rate | noise multiplier | clip norm | ε after |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in statement["charges"]:
+        after = "—" if row["epsilon_after"] is None else f"{row['epsilon_after']:.3f}"
+        noise = "—" if row["noise_multiplier"] is None else f"{row['noise_multiplier']:.3f}"
+        lines.append(
+            f"| {row['stage']} | {row['patients']} patients | {row['rounds']} × "
+            f"{row['steps_per_round']} | {row['sampling_rate']:g} | {noise} | "
+            f"{row['clip_norm']:.3g} | {after} |"
+        )
+    lines += ["", "Not charged, because no patient's record enters:", ""]
+    lines += [f"- {item}" for item in statement["free"]]
+    lines += ["", f"Study digest: `{statement['study_digest']}`", ""]
+    return "\n".join(lines)

@@ -1,0 +1,236 @@
+"""The `consilium` command: researcher, hospital and coordinator commands as one family."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+# Flower reports usage and looks up updates unless told not to, before its first import.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+import click
+import typer
+from rich.console import Console
+
+from client.cli import hospital_app
+from common.errors import ConsiliumError, StudyError, nearest
+from common.study import Study, load_study
+from server.cli import coordinator_app
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Hospitals train one medical model together; no patient's record leaves its hospital.",
+    epilog="Example: consilium simulate deploy/examples/wisconsin.toml",
+)
+study_app = typer.Typer(
+    no_args_is_help=True,
+    help="Study files.",
+    epilog="Example: consilium study check deploy/examples/heart.toml",
+)
+data_app = typer.Typer(
+    no_args_is_help=True,
+    help="Data against a study's dictionary.",
+    epilog="Example: consilium data check study.toml --data FOLDER",
+)
+app.add_typer(study_app, name="study", rich_help_panel="Researcher")
+app.add_typer(data_app, name="data", rich_help_panel="Researcher")
+app.add_typer(hospital_app, name="hospital", rich_help_panel="Hospital")
+app.add_typer(coordinator_app, name="coordinator", rich_help_panel="Coordinator")
+
+StudyArgument = Annotated[Path, typer.Argument(help="The study file (TOML).", show_default=False)]
+RunArgument = Annotated[Path, typer.Argument(help="The run folder.", show_default=False)]
+DataOption = Annotated[Path, typer.Option("--data", help="The folder that holds the data files.")]
+DATA_HOME = Path(os.environ.get("CONSILIUM_DATA", "."))
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Replaces the study's seed.")]
+ReplaceOption = Annotated[bool, typer.Option("--replace", help="Start over in a used folder.")]
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    context.obj = {"debug": debug}
+
+
+@app.command(
+    rich_help_panel="Researcher",
+    epilog="Example: consilium simulate deploy/examples/heart.toml --data FOLDER --run runs/heart",
+)
+def simulate(
+    context: typer.Context,
+    study: StudyArgument,
+    data: DataOption = Path(),
+    run: Annotated[Path | None, typer.Option(help="Results folder; runs/NAME if left out.")] = None,
+    seed: SeedOption = None,
+    noise_seed: Annotated[
+        int | None, typer.Option(help="Repeatable test noise in place of secret noise: NO privacy.")
+    ] = None,
+    replace: ReplaceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a study with all its hospitals on this machine."""
+    from simulations.display import live_progress
+    from simulations.simulate import simulate as run_study
+
+    loaded = _load(study, seed)
+    path = run or Path("runs") / loaded.name
+    _announce(loaded, path, quiet=as_json)
+    with live_progress(quiet=as_json) as watch:
+        folder = run_study(
+            loaded,
+            path,
+            data,
+            watch,
+            noise_seed=noise_seed,
+            replace=replace,
+            debug=context.obj["debug"],
+        )
+    _show_run(folder.path, as_json)
+
+
+@app.command(rich_help_panel="Researcher", epilog="Example: consilium resume runs/heart")
+def resume(context: typer.Context, run: RunArgument, as_json: JsonOption = False) -> None:
+    """Continue an interrupted run to the result it would have had."""
+    from simulations.display import live_progress
+    from simulations.simulate import resume as resume_run
+
+    with live_progress(quiet=as_json) as watch:
+        folder = resume_run(run, watch, debug=context.obj["debug"])
+    _show_run(folder.path, as_json)
+
+
+@app.command(
+    rich_help_panel="Researcher",
+    epilog="Example: consilium split deploy/examples/heart.toml --data FOLDER --to hospitals/",
+)
+def split(
+    study: StudyArgument,
+    to: Annotated[Path, typer.Option(help="The folder to make.")],
+    data: DataOption = Path(),
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Lay a study's hospitals out as folders, for `flwr run` or real daemons."""
+    from simulations.hospitals import build_world, declared, write_world
+
+    world = build_world(_load(study, seed), data)
+    write_world(world, to)
+    _emit(
+        as_json,
+        {"folder": str(to), "hospitals": {s.name: declared(s.table) for s in world.sites}},
+        f"{len(world.sites)} hospitals below {to}/hospitals",
+    )
+
+
+@app.command(rich_help_panel="Researcher", epilog="Example: consilium bench accuracy --json")
+def bench(
+    name: Annotated[str, typer.Argument(help="Which benchmark.", show_default=False)],
+    data: DataOption = DATA_HOME,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure, and print the figures."""
+    from simulations.bench import BENCHES
+
+    if name not in BENCHES:
+        raise ConsiliumError(f"unknown benchmark {name!r}; {nearest(name, BENCHES)}")
+    figures = BENCHES[name](data)
+    _emit(as_json, figures, json.dumps(figures, indent=2))
+
+
+@study_app.command("check", epilog="Example: consilium study check deploy/examples/wisconsin.toml")
+def study_check(study: StudyArgument, as_json: JsonOption = False) -> None:
+    """Validate a study file; say what it would do and cost."""
+    from simulations.describe import describe, describe_lines
+
+    facts = describe(_load(study, None))
+    _emit(as_json, facts, "\n".join(describe_lines(facts)))
+
+
+@data_app.command(
+    "check", epilog="Example: consilium data check deploy/examples/heart.toml --data FOLDER"
+)
+def data_check(
+    study: StudyArgument, data: DataOption = Path(), as_json: JsonOption = False
+) -> None:
+    """Report missing, out-of-range and unmapped values at each hospital."""
+    from simulations.describe import check_data, data_tables
+
+    reports = check_data(_load(study, None), data)
+    if as_json:
+        _emit(True, reports, "")
+        return
+    for table in data_tables(reports):
+        Console().print(table)
+
+
+def main() -> None:
+    """Run the command line: errors are one line and exit code 2, tracebacks only with --debug."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        command = typer.main.get_command(app)
+        code = command.main(prog_name="consilium", standalone_mode=False)
+    except (ConsiliumError, click.ClickException) as error:
+        if debug:
+            raise
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        _fail(message, 2)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("stopped; finished rounds are kept: continue with `consilium resume RUN`", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"consilium: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _load(path: Path, seed: int | None) -> Study:
+    loaded = load_study(path)
+    if seed is not None:
+        if seed < 0:
+            raise StudyError(f"--seed: expected a number of at least 0, found {seed}")
+        loaded = loaded.revised(seed=seed)
+    return loaded
+
+
+def _announce(study: Study, path: Path, *, quiet: bool) -> None:
+    if quiet:
+        return
+    from simulations.describe import promise
+
+    print(f"Study {study.name}: {promise(study)}. Results go to {path}/", file=sys.stderr)
+
+
+def _show_run(path: Path, as_json: bool) -> None:
+    from server.store import RunFolder
+    from simulations.display import closing_lines, run_table
+    from simulations.summary import summarise
+
+    summary = summarise(RunFolder(path))
+    if as_json:
+        _emit(True, summary, "")
+        return
+    console = Console()
+    console.print(run_table(summary))
+    for line in closing_lines(summary):
+        console.print(line, soft_wrap=True)
+    console.print(f"Results: {path}/", soft_wrap=True)
+
+
+def _emit(as_json: bool, value: Any, text: str) -> None:
+    print(json.dumps(value) if as_json else text)
+
+
+if __name__ == "__main__":
+    main()

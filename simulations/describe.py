@@ -1,0 +1,114 @@
+"""A study and its data in words, before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table as RichTable
+
+from common.errors import StudyError
+from common.features import FeatureMap, range_scaling
+from common.models import build_student, build_teacher, count_parameters
+from common.privacy.budget import budget_of
+from common.privacy.units import Trust
+from common.study import Study
+from common.tables import read_table
+
+
+def promise(study: Study) -> str:
+    """The study's privacy in half a line."""
+    privacy = study.privacy
+    if privacy.trust is Trust.NONE:
+        return "no privacy (comparison on public data only)"
+    return (
+        f"ε = {privacy.epsilon:g}, δ = {privacy.delta:g} per {privacy.unit.value}, "
+        f"{privacy.trust.value} trust"
+    )
+
+
+def describe(study: Study) -> dict[str, Any]:
+    """Sizes and costs of a study, from the study alone."""
+    features = FeatureMap(study.dictionary, range_scaling(study.dictionary))
+    teacher = count_parameters(build_teacher(study, features))
+    student = count_parameters(build_student(study, features))
+    budget = budget_of(study)
+    return {
+        "name": study.name,
+        "task": study.task,
+        "digest": study.digest(),
+        "columns": len(study.dictionary.columns),
+        "privacy": promise(study),
+        "epsilon_total": budget.total(),
+        "noise_multiplier": budget.noise_multiplier,
+        "teacher_parameters": teacher,
+        "student_parameters": student,
+        "ratio": teacher / student,
+        "stages": [
+            {
+                "stage": one.stage,
+                "rounds": one.rounds,
+                "steps_per_round": one.steps_per_round,
+                "epsilon_after": budget.spent(one.stage, one.rounds),
+            }
+            for one in budget.charges
+        ],
+    }
+
+
+def describe_lines(facts: dict[str, Any]) -> list[str]:
+    """The same for a person."""
+    lines = [
+        f"{facts['name']} is a sound study.",
+        f"  task      {facts['task']} on {facts['columns']} columns",
+        f"  privacy   {facts['privacy']}",
+        f"  teacher   {facts['teacher_parameters']:,} parameters",
+        f"  student   {facts['student_parameters']:,} parameters "
+        f"({facts['ratio']:.0f} times smaller)",
+    ]
+    for one in facts["stages"]:
+        after = one["epsilon_after"]
+        cost = "no guarantee" if after is None else f"ε {after:.3f} afterwards"
+        lines.append(
+            f"  {one['stage']:<9} {one['rounds']} rounds × {one['steps_per_round']} steps, {cost}"
+        )
+    if facts["ratio"] < 10:
+        lines.append("  note: a student at least ten times smaller than its teacher is usual")
+    return lines
+
+
+def check_data(study: Study, folder: Path) -> dict[str, Any]:
+    """Each hospital's report on its own data."""
+    spec = study.simulation
+    if spec is None:
+        raise StudyError(
+            f"{study.name}: has no [simulation] section that says where data are; "
+            f"a hospital checks its own with `consilium hospital check`"
+        )
+    if spec.source is not None:
+        return {"all": asdict(read_table(spec.source, study.dictionary, folder).report)}
+    return {
+        one.name: asdict(read_table(one.source, study.dictionary, folder).report)
+        for one in spec.hospital
+    }
+
+
+def data_tables(reports: dict[str, Any]) -> list[Any]:
+    """One table a hospital, with its problems in words under it."""
+    shown: list[Any] = []
+    for name, report in reports.items():
+        table = RichTable(
+            title=f"{name}: {report['rows']} rows, {report['patients']} patients, "
+            f"{report['unlabelled']} without a known label"
+        )
+        table.add_column("column")
+        for heading in ("missing", "out of range", "unmapped"):
+            table.add_column(heading, justify="right")
+        for column in report["columns"]:
+            counts = (column["missing"], column["out_of_range"], column["unmapped"])
+            if any(counts):
+                table.add_row(column["name"], *(str(count) if count else "·" for count in counts))
+        shown.append(table if table.row_count else f"{name}: {report['rows']} rows, all in order")
+        shown += [f"  {problem}" for problem in report["problems"]]
+    return shown

@@ -1,0 +1,141 @@
+"""What a person sees in the terminal: live progress and closing tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from server.conduct import Progress
+
+_STAGES = {
+    "statistics": "scaling statistics",
+    "pretrain": "pre-train teacher",
+    "finetune": "fine-tune teacher",
+    "distill": "distil student",
+}
+
+
+@contextmanager
+def live_progress(*, quiet: bool = False) -> Iterator[Callable[[Progress], None]]:
+    """A watcher that shows stage, round, hospitals, ε so far and time left.
+
+    Bars on a terminal, one line per tenth of a stage elsewhere, nothing when ``quiet``.
+    """
+    if quiet:
+        yield lambda _: None
+        return
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _print_line
+        return
+    columns = (
+        TextColumn("{task.description:<18}"),
+        BarColumn(bar_width=24),
+        TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[facts]}"),
+    )
+    with Bars(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(progress: Progress) -> None:
+            name = _STAGES[progress.stage]
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=progress.rounds, facts="")
+            bars.update(tasks[name], completed=progress.round, facts=_facts(progress))
+
+        yield show
+
+
+def _print_line(progress: Progress) -> None:
+    every = max(1, progress.rounds // 10)
+    if progress.round % every and progress.round != progress.rounds:
+        return
+    line = (
+        f"{_STAGES[progress.stage]}: round {progress.round}/{progress.rounds}  {_facts(progress)}"
+    )
+    print(line.rstrip(), file=sys.stderr, flush=True)
+
+
+def _facts(progress: Progress) -> str:
+    parts = []
+    if progress.hospitals:
+        parts.append(f"{progress.hospitals} hospitals")
+    if progress.epsilon is not None:
+        parts.append(f"ε {progress.epsilon:.2f}")
+    if progress.eta_s is not None and progress.round < progress.rounds:
+        parts.append(f"{_duration(progress.eta_s)} left")
+    return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def run_table(summary: dict[str, Any]) -> Table:
+    """One row per hospital, then all together."""
+    table = Table(title=f"{summary['study']}: test patients, exact scores (simulation only)")
+    table.add_column("hospital", no_wrap=True)
+    for heading in (
+        "train ≈",
+        "test",
+        "teacher AUC",
+        "student AUC",
+        "teacher acc.",
+        "student acc.",
+    ):
+        table.add_column(heading, justify="right")
+    for row in summary["hospitals"]:
+        table.add_row(*_cells(row))
+    table.add_section()
+    table.add_row(*_cells(summary["all"]), style="bold")
+    return table
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [
+        row["hospital"],
+        str(row["declared_patients"]),
+        str(row["test_patients"]),
+        *(
+            figure(row[key])
+            for key in ("teacher_auc", "student_auc", "teacher_accuracy", "student_accuracy")
+        ),
+    ]
+
+
+def figure(value: float | None) -> str:
+    """Three decimals, or a dash where the figure does not exist."""
+    return "—" if value is None else f"{value:.3f}"
+
+
+def closing_lines(summary: dict[str, Any]) -> list[str]:
+    """What a reader needs to know under the table."""
+    ratio = summary["teacher_parameters"] / summary["student_parameters"]
+    lines = [
+        f"Student: {summary['student_parameters']:,} parameters, {ratio:.0f} times smaller "
+        f"than its teacher."
+    ]
+    if summary["guaranteed"]:
+        lines.append(
+            f"Privacy: every hospital's releases are (ε = {summary['epsilon']:.2f}, "
+            f"δ = {summary['delta']:g})-private for each of its patients."
+        )
+    else:
+        lines.append("Privacy: NONE is guaranteed for this run; see PRIVACY.md for why.")
+    if summary["released"]:
+        shown = ", ".join(
+            f"{name} {figure(mean)} ({figure(low)} to {figure(high)})"
+            for name, (mean, low, high) in sorted(summary["released"].items(), reverse=True)
+        )
+        lines.append(
+            f"A coordinator of real hospitals would know, from noised histograms: {shown}."
+        )
+    return lines

@@ -1,0 +1,284 @@
+"""From one study file to hospitals with data: read, set the public part aside, cut, split."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+from numpy.typing import NDArray
+
+from client.hospital import Hospital, split_patients
+from common.dictionary import Column
+from common.errors import StudyError
+from common.randomness import NoiseSource, SecretNoise, SeededNoise, Stream
+from common.study import SimulationSpec, Study
+from common.tables import Table, concatenate, read_table
+
+_ROUNDING = 10  # hospitals declare their size to the nearest ten patients
+
+
+@dataclass(frozen=True)
+class Site:
+    """One hospital's records before they are split, under its name."""
+
+    name: str
+    table: Table
+
+
+@dataclass(frozen=True)
+class World:
+    """All that a simulation needs: its sites and the coordinator's public records."""
+
+    study: Study
+    sites: tuple[Site, ...]
+    corpus: Table | None
+
+
+def build_world(study: Study, data_folder: Path) -> World:
+    """Read the study's data and make its hospitals; the same study gives the same world."""
+    spec = study.simulation
+    if spec is None:
+        raise StudyError(
+            f"{study.name}: a simulation needs a [simulation] section; see deploy/examples/"
+        )
+    generator = np.random.default_rng(_words(study.seed, "world"))
+    if spec.hospital:
+        tables = [read_table(one.source, study.dictionary, data_folder) for one in spec.hospital]
+        # Two hospitals may use the same identifier for different patients.
+        names = [one.name for one in spec.hospital]
+        tables = [_prefixed(table, name) for table, name in zip(tables, names, strict=True)]
+        corpus, tables = _set_apart(study, tables, generator)
+        sites = tuple(Site(name, table) for name, table in zip(names, tables, strict=True))
+    else:
+        assert spec.source is not None and spec.hospitals is not None  # noqa: S101
+        whole = read_table(spec.source, study.dictionary, data_folder)
+        corpus, (rest,) = _set_apart(study, [whole], generator)
+        parts = _partition(rest, spec, spec.hospitals, generator, study.evaluation.folds)
+        width = len(str(len(parts)))
+        sites = tuple(
+            Site(f"hospital-{number:0{width}d}", rest.take(rows))
+            for number, rows in enumerate(parts, start=1)
+        )
+    if study.public.kind == "file":
+        assert study.public.source is not None  # noqa: S101
+        corpus = read_table(study.public.source, study.dictionary, data_folder, labelled=False)
+    return World(study, sites, corpus)
+
+
+def open_world(world: World, noise_of: Mapping[str, NoiseSource]) -> list[Hospital]:
+    """The world's hospitals in memory, each with its own noise."""
+    study = world.study
+    hospitals = []
+    for site in world.sites:
+        train, test = split_patients(site.table, study.evaluation, seed=study.seed, name=site.name)
+        hospitals.append(
+            Hospital(
+                name=site.name,
+                study=study,
+                train=train,
+                test=test,
+                declared_patients=declared(train),
+                noise=noise_of[site.name],
+            )
+        )
+    return hospitals
+
+
+def pooled(hospitals: list[Hospital]) -> Hospital:
+    """All hospitals' training patients under one roof, for comparison."""
+    train = concatenate([hospital.train for hospital in hospitals])
+    return Hospital(
+        name="pooled",
+        study=hospitals[0].study,
+        train=train,
+        test=concatenate([hospital.test for hospital in hospitals]),
+        declared_patients=declared(train),
+        noise=hospitals[0].noise,
+    )
+
+
+def declared(train: Table) -> int:
+    """What the hospital says of its size: its training patients to the nearest ten."""
+    patients = len(set(train.patients))
+    return max(_ROUNDING, _ROUNDING * round(patients / _ROUNDING))
+
+
+def secret_noise(key: bytes, names: list[str]) -> dict[str, NoiseSource]:
+    """Each hospital's secret noise, under a key of its own derived from the simulation's."""
+    master = SecretNoise(key)
+    return {name: SecretNoise(_key(master.stream("hospital", name))) for name in names}
+
+
+def seeded_noise(seed: int, names: list[str]) -> dict[str, NoiseSource]:
+    """Each hospital's test noise; repeatable, and no protection."""
+    return {name: SeededNoise(seed, name) for name in names}
+
+
+def write_world(world: World, folder: Path) -> None:
+    """Lay the world out as real hospitals' folders, for ``flwr run`` and deployments.
+
+    ``folder/study.toml``, ``folder/public/`` for the coordinator, and for each hospital
+    ``folder/hospitals/NAME/`` with ``hospital.toml`` and its data.
+    """
+    study, path = world.study, folder / "study.toml"
+    if folder.exists() and any(folder.iterdir()):
+        if not path.is_file():
+            raise StudyError(f"{folder}: not empty and not a split study; choose another folder")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    binding = study.revised(simulation=None)
+    if world.corpus is not None:
+        source = _write_table(world.corpus, folder / "public")
+        binding = binding.revised(public={"kind": "file", "source": source})
+    path.write_text(binding.to_toml(), encoding="utf-8")
+    for site in world.sites:
+        home = folder / "hospitals" / site.name
+        source = _write_table(site.table, home)
+        train, _ = split_patients(site.table, study.evaluation, seed=study.seed, name=site.name)
+        (home / "hospital.toml").write_text(
+            tomli_w.dumps(
+                {
+                    "name": site.name,
+                    "study": "../../study.toml",
+                    "declared_patients": declared(train),
+                    "source": source,
+                }
+            ),
+            encoding="utf-8",
+        )
+
+
+def _set_apart(
+    study: Study, tables: list[Table], generator: np.random.Generator
+) -> tuple[Table | None, list[Table]]:
+    """The public records (without labels) and what remains at the hospitals; whole patients."""
+    if study.public.kind != "held_apart":
+        return None, tables
+    chosen, remaining = [], []
+    for table in tables:
+        names = np.array(sorted(set(table.patients)), dtype=object)
+        count = round(study.public.fraction * len(names))
+        apart = set(generator.permutation(names)[:count])
+        mask = np.array([patient in apart for patient in table.patients])
+        chosen.append(table.take(np.flatnonzero(mask)))
+        remaining.append(table.take(np.flatnonzero(~mask)))
+    corpus = concatenate(chosen)
+    unlabelled = Table(
+        corpus.dictionary,
+        corpus.values,
+        np.full_like(corpus.labels, -1),
+        corpus.patients,
+        corpus.report,
+    )
+    return unlabelled, remaining
+
+
+def _partition(
+    table: Table,
+    spec: SimulationSpec,
+    hospitals: int,
+    generator: np.random.Generator,
+    at_least: int,
+) -> list[NDArray[np.int64]]:
+    """Rows of each hospital; whole patients, at least ``at_least`` of them everywhere."""
+    patients = np.array(list(dict.fromkeys(table.patients)), dtype=object)
+    if len(patients) < hospitals * at_least:
+        raise StudyError(
+            f"simulation.hospitals: expected at most {len(patients) // at_least} hospitals of "
+            f"{at_least} patients each, found {hospitals} for {len(patients)} patients"
+        )
+    index = {patient: number for number, patient in enumerate(patients)}
+    owners = np.array([index[patient] for patient in table.patients])
+    order = generator.permutation(len(patients))
+    spare = len(patients) - hospitals * at_least
+    if spec.partition == "label_skew":
+        home = _by_label(table, owners, order, spec, hospitals, generator, at_least)
+    else:
+        ranks = np.arange(1, hospitals + 1, dtype=float)
+        shares = ranks ** -(spec.exponent if spec.partition == "power_law" else 0.0)
+        bounds = np.round(np.cumsum(shares / shares.sum()) * spare).astype(int)
+        sizes = at_least + np.diff(bounds, prepend=0)
+        home = np.empty(len(patients), dtype=np.int64)
+        home[order] = np.repeat(np.arange(hospitals), sizes)
+    return [np.flatnonzero(home[owners] == number) for number in range(hospitals)]
+
+
+def _by_label(
+    table: Table,
+    owners: NDArray[Any],
+    order: NDArray[Any],
+    spec: SimulationSpec,
+    hospitals: int,
+    generator: np.random.Generator,
+    at_least: int,
+) -> NDArray[np.int64]:
+    """Each class is dealt out by its own Dirichlet draw (Hsu, Qi & Brown 2019)."""
+    label = np.zeros(len(order), dtype=np.int64)
+    np.maximum.at(label, owners, table.labels)
+    home = np.empty(len(order), dtype=np.int64)
+    for value in np.unique(label):
+        members = order[label[order] == value]
+        shares = generator.dirichlet(np.full(hospitals, spec.concentration))
+        home[members] = generator.choice(hospitals, size=len(members), p=shares)
+    # Too small a hospital takes patients from the largest, one at a time.
+    counts = np.bincount(home, minlength=hospitals)
+    while counts.min() < at_least:
+        moved = order[home[order] == counts.argmax()][0]
+        home[moved] = counts.argmin()
+        counts = np.bincount(home, minlength=hospitals)
+    return home
+
+
+def _prefixed(table: Table, name: str) -> Table:
+    patients = np.array([f"{name}/{patient}" for patient in table.patients], dtype=object)
+    return Table(table.dictionary, table.values, table.labels, patients, table.report)
+
+
+def _write_table(table: Table, folder: Path) -> dict[str, Any]:
+    """Write records in the dictionary's own terms; the source that reads them back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dictionary = table.dictionary
+    if dictionary.image_shape is not None:
+        column = dictionary.columns[0].name
+        labels = np.array(
+            [str(dictionary.label.classes[one][0]) if one >= 0 else "" for one in table.labels]
+        )
+        arrays: dict[str, Any] = {
+            column: table.values[column],
+            dictionary.label.name: labels,
+            "patient": table.patients.astype(str),
+        }
+        np.savez_compressed(folder / "records.npz", **arrays)
+        return {"kind": "npz", "path": "records.npz"}
+    names = [column.name for column in dictionary.columns]
+    with (folder / "records.csv").open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.writer(handle)
+        writer.writerow([*names, dictionary.label.name, dictionary.patient_id or "patient"])
+        for row in range(len(table)):
+            cells = [_cell(column, table.values[column.name][row]) for column in dictionary.columns]
+            label = table.labels[row]
+            outcome = dictionary.label.classes[label][0] if label >= 0 else ""
+            writer.writerow([*cells, outcome, table.patients[row]])
+    return {"kind": "csv", "path": "records.csv"}
+
+
+def _cell(column: Column, value: Any) -> Any:
+    if column.kind == "numeric":
+        return "" if np.isnan(value) else repr(float(value))
+    return "" if value < 0 else column.categories[value]
+
+
+def _key(stream: Stream) -> bytes:
+    return hashlib.sha256(stream.uniform(8).tobytes()).digest()
+
+
+def _words(seed: int, purpose: str) -> list[int]:
+    digest = hashlib.sha256(f"{seed}|{purpose}".encode()).digest()
+    return [int.from_bytes(digest[start : start + 4], "big") for start in range(0, 16, 4)]

@@ -1,0 +1,117 @@
+"""Run a study with all its hospitals in this process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import Context, Message, RecordDict
+
+from client.app import build_client_app
+from client.hospital import Hospital
+from common.errors import RunError
+from common.randomness import NoiseSource, SecretNoise
+from common.study import Study
+from common.tables import Table
+from server.app import Job, build_server_app
+from server.conduct import Progress
+from server.store import RunFolder
+from simulations.grid import InProcessGrid, one_by_one
+from simulations.hospitals import build_world, open_world, secret_noise, seeded_noise
+
+Watch = Callable[[Progress], None]
+
+
+def run_in_process(
+    study: Study,
+    run: RunFolder,
+    hospitals: list[Hospital],
+    corpus: Table | None,
+    watch: Watch,
+    *,
+    debug: bool = False,
+) -> None:
+    """Conduct ``study`` over ``hospitals`` through the same two apps a deployment runs."""
+    client_app = build_client_app(lambda context: hospitals[context.node_id - 1])
+    server_app = build_server_app(lambda _: Job(study, run, corpus, watch))
+
+    def handle(message: Message) -> Message:
+        return client_app(message, _context(message.metadata.dst_node_id))
+
+    grid = InProcessGrid(len(hospitals), one_by_one(handle, debug=debug))
+    server_app(grid, _context(0))
+
+
+def simulate(
+    study: Study,
+    path: Path,
+    data_folder: Path,
+    watch: Watch,
+    *,
+    noise_seed: int | None = None,
+    replace: bool = False,
+    debug: bool = False,
+) -> RunFolder:
+    """A new run of ``study`` in the folder ``path``.
+
+    ``noise_seed`` replaces every hospital's secret noise by repeatable test noise; the privacy
+    statement then says that nothing is guaranteed.
+    """
+    world = build_world(study, data_folder)
+    if replace and (path / "study.toml").is_file():
+        shutil.rmtree(path)
+    run = RunFolder.create(path, study)
+    run.write_json(
+        "simulation.json",
+        {
+            "data_folder": str(data_folder.resolve()),
+            "noise_seed": noise_seed,
+        },
+    )
+    noise = _noise(run, [site.name for site in world.sites], noise_seed)
+    run_in_process(study, run, open_world(world, noise), world.corpus, watch, debug=debug)
+    return run
+
+
+def resume(path: Path, watch: Watch, *, debug: bool = False) -> RunFolder:
+    """Continue an interrupted run to the result it would have had; a finished one is left alone."""
+    run, study = RunFolder.open(path)
+    if (path / "result.json").exists():
+        return run
+    settings = run.read_json("simulation.json")
+    world = build_world(study, Path(settings["data_folder"]))
+    noise = _noise(run, [site.name for site in world.sites], settings["noise_seed"])
+    run_in_process(study, run, open_world(world, noise), world.corpus, watch, debug=debug)
+    return run
+
+
+def load_hospitals(path: Path) -> tuple[Study, list[Hospital]]:
+    """The hospitals of a run on disk, as they were when it ran."""
+    run, study = RunFolder.open(path)
+    settings = run.read_json("simulation.json")
+    world = build_world(study, Path(settings["data_folder"]))
+    return study, open_world(
+        world, _noise(run, [one.name for one in world.sites], settings["noise_seed"])
+    )
+
+
+def _noise(run: RunFolder, names: list[str], noise_seed: int | None) -> dict[str, NoiseSource]:
+    if noise_seed is not None:
+        return seeded_noise(noise_seed, names)
+    path = run.path / "simulation.key"
+    if not path.exists():
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as handle:
+            handle.write(SecretNoise.generate().key)
+            handle.flush()
+            os.fsync(handle.fileno())
+    key = path.read_bytes()
+    if len(key) != 32:
+        raise RunError(f"{path}: expected 32 bytes, found {len(key)}; the run cannot be resumed")
+    return secret_noise(key, names)
+
+
+def _context(node: int) -> Context:
+    return Context(run_id=1, node_id=node, node_config={}, state=RecordDict(), run_config={})

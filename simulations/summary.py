@@ -1,0 +1,89 @@
+"""What a finished simulated run achieved, hospital by hospital."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from common.learning.evaluate import evaluation_noise
+from common.learning.metrics import (
+    accuracy_from_histogram,
+    auc_from_histogram,
+    noise_interval,
+)
+from common.privacy.units import Trust
+from common.study import Study
+from server.store import RunFolder
+from simulations.evaluation import Scores, finished_models, score, together
+from simulations.simulate import load_hospitals
+
+
+def summarise(run: RunFolder) -> dict[str, Any]:
+    """Scores of teacher and student at every hospital, exact; kept as ``evaluation.json``.
+
+    ``released`` holds what a real coordinator would know instead: AUC and accuracy from the
+    hospitals' noised histograms, when the study grants evaluation a budget.
+    """
+    study, hospitals = load_hospitals(run.path)
+    teacher, student, features = finished_models(run, study)
+    taught = score(teacher, study, features, hospitals)
+    learned = score(student, study, features, hospitals)
+    result, privacy = run.read_json("result.json"), run.read_json("privacy.json")
+    summary: dict[str, Any] = {
+        "study": study.name,
+        "folder": str(run.path),
+        "epsilon": privacy["epsilon_spent"],
+        "delta": privacy["delta"],
+        "guaranteed": privacy["guaranteed"],
+        "teacher_parameters": result["teacher_parameters"],
+        "student_parameters": result["student_parameters"],
+        "all": _row(together(taught), together(learned), hospitals[0].declared_patients, None),
+        "hospitals": [
+            _row(one, two, hospital.declared_patients, len(set(hospital.test.patients)))
+            for one, two, hospital in zip(taught, learned, hospitals, strict=True)
+        ],
+        "mean_accuracy": float(np.mean([one.accuracy for one in learned])),
+        "released": released(study, result["evaluation"]),
+    }
+    summary["all"]["declared_patients"] = sum(one.declared_patients for one in hospitals)
+    summary["all"]["test_patients"] = sum(len(set(one.test.patients)) for one in hospitals)
+    run.write_json("evaluation.json", summary)
+    return summary
+
+
+def released(study: Study, histograms: dict[str, Any]) -> dict[str, Any] | None:
+    """AUC and accuracy from the sum of the released histograms, each as [mean, low, high].
+
+    None without any. The interval covers the noise alone, not the chance of who was tested.
+    """
+    if not histograms:
+        return None
+    total = np.sum([np.array(one) for one in histograms.values()], axis=0)
+    private = study.privacy.trust is not Trust.NONE
+    noise_std = evaluation_noise(study) * math.sqrt(len(histograms)) if private else 0.0
+    figures: dict[str, Any] = {
+        "accuracy": noise_interval(total, noise_std, accuracy_from_histogram)
+    }
+    if len(total) == 2:
+        figures["auc"] = noise_interval(total, noise_std, auc_from_histogram)
+    return {
+        name: [_known(one.mean), _known(one.low), _known(one.high)] for name, one in figures.items()
+    }
+
+
+def _row(teacher: Scores, student: Scores, declared: int, tested: int | None) -> dict[str, Any]:
+    return {
+        "hospital": student.hospital,
+        "declared_patients": declared,
+        "test_patients": tested,
+        "teacher_auc": _known(teacher.auc),
+        "student_auc": _known(student.auc),
+        "teacher_accuracy": teacher.accuracy,
+        "student_accuracy": student.accuracy,
+    }
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
