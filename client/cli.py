@@ -24,13 +24,22 @@ from common.identity import PublicIdentity
 hospital_app = typer.Typer(
     name="hospital",
     help="Run beside a hospital's data: keys, policy, budget, audit log, consent.",
+    epilog="Example: consilium hospital budget",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 policy_app = typer.Typer(
-    help="What this hospital permits.", no_args_is_help=True, rich_markup_mode=None
+    help="What this hospital permits.",
+    epilog="Example: consilium hospital policy show",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
-log_app = typer.Typer(help="What happened, signed.", no_args_is_help=True, rich_markup_mode=None)
+log_app = typer.Typer(
+    help="What happened, signed.",
+    epilog="Example: consilium hospital log verify",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 hospital_app.add_typer(policy_app, name="policy")
 hospital_app.add_typer(log_app, name="log")
 
@@ -41,15 +50,12 @@ Folder = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@hospital_app.command()
+@hospital_app.command(epilog="Example: consilium hospital init /srv/consilium")
 def init(
     folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
     as_json: AsJson = False,
 ) -> None:
-    """Create a hospital: keys, a signed default policy, an empty ledger and an audit log.
-
-    Example: consilium hospital init /srv/consilium
-    """
+    """Create a hospital: keys, a signed default policy, an empty ledger and an audit log."""
     created = create_safe(folder)
     fingerprint = created.public().fingerprint
     _print(
@@ -61,38 +67,33 @@ def init(
     )
 
 
-@policy_app.command("show")
+@policy_app.command(
+    "show", epilog="Example: consilium hospital policy show --folder /srv/consilium"
+)
 def policy_show(folder: Folder = Path(), as_json: AsJson = False) -> None:
-    """Print the policy in force.
-
-    Example: consilium hospital policy show --folder /srv/consilium
-    """
+    """Print the policy in force."""
     with open_safe(folder) as safe:
         policy = safe.policy()
     _print(policy.model_dump(mode="json"), as_json, SafeFolder(folder).policy.read_text())
 
 
-@policy_app.command("sign")
+@policy_app.command(
+    "sign", epilog="Example: consilium hospital policy sign --folder /srv/consilium"
+)
 def policy_sign(folder: Folder = Path(), as_json: AsJson = False) -> None:
-    """Check the policy, sign it and put it in force.
-
-    Example: consilium hospital policy sign --folder /srv/consilium
-    """
+    """Check the policy, sign it and put it in force."""
     with open_safe(folder) as safe:
         digest = sign_policy(safe.folder.policy, safe.identity, safe.log)
     _print({"policy_digest": digest}, as_json, f"In force: policy {digest[:16]}…")
 
 
-@policy_app.command("check")
+@policy_app.command("check", epilog="Example: consilium hospital policy check draft.toml")
 def policy_check(
     draft: Annotated[Path | None, typer.Argument(help="A draft; else the one in force.")] = None,
     folder: Folder = Path(),
     as_json: AsJson = False,
 ) -> None:
-    """Check a draft, or that the policy in force is the one signed last.
-
-    Example: consilium hospital policy check draft.toml
-    """
+    """Check a draft, or that the policy in force is the one signed last."""
     if draft is None:
         with open_safe(folder) as safe:
             safe.policy()
@@ -106,12 +107,9 @@ def policy_check(
     _print({"policy": found}, as_json, f"Policy: {found}.")
 
 
-@hospital_app.command()
+@hospital_app.command(epilog="Example: consilium hospital budget --json")
 def budget(folder: Folder = Path(), as_json: AsJson = False) -> None:
-    """Show what was spent, by which study, what remains and how many more rounds fit.
-
-    Example: consilium hospital budget --json
-    """
+    """Show what was spent, by which study, what remains and how many more rounds fit."""
     with open_safe(folder) as safe:
         report = budget_report(safe.ledger, safe.policy().limits(), utc_now())
     if as_json:
@@ -120,7 +118,7 @@ def budget(folder: Folder = Path(), as_json: AsJson = False) -> None:
         _print_budget(report)
 
 
-@hospital_app.command()
+@hospital_app.command(epilog="Example: consilium hospital withdraw --file withdrawn-today.txt")
 def withdraw(
     patients: Annotated[list[str] | None, typer.Argument(help="Patient ids.")] = None,
     file: Annotated[Path | None, typer.Option(help="A file of ids, one a line.")] = None,
@@ -130,8 +128,6 @@ def withdraw(
     """Leave patients out of every round from now on.
 
     Ids on the command line stay in the shell's history; a file does not.
-
-    Example: consilium hospital withdraw --file withdrawn-today.txt
     """
     try:
         listed = file.read_text(encoding="utf-8").splitlines() if file else []
@@ -144,16 +140,13 @@ def withdraw(
     _print({"withdrawn": new}, as_json, f"{new} more patients are left out from now on.")
 
 
-@log_app.command("show")
+@log_app.command("show", epilog="Example: consilium hospital log show --last 5")
 def log_show(
     folder: Folder = Path(),
     last: Annotated[int, typer.Option(min=1, help="How many of the newest records.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Print the newest records of the audit log.
-
-    Example: consilium hospital log show --last 5
-    """
+    """Print the newest records of the audit log."""
     records = list(read_records(SafeFolder(folder).audit_log))[-last:]
     lines = [
         f"{one.seq:>6} {one.time:%Y-%m-%d %H:%M:%S} {one.kind:<15} "
@@ -164,7 +157,10 @@ def log_show(
     _print({"records": found}, as_json, "\n".join(lines))
 
 
-@log_app.command("verify")
+@log_app.command(
+    "verify",
+    epilog="Example: consilium hospital log verify --checkpoint cp.json --coordinator co.pub",
+)
 def log_verify(
     folder: Folder = Path(),
     checkpoint: Annotated[
@@ -173,10 +169,7 @@ def log_verify(
     coordinator: Annotated[Path | None, typer.Option(help="The coordinator's key.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find any edit, deletion or reordering; with a checkpoint also a cut end. Needs no secret.
-
-    Example: consilium hospital log verify --checkpoint cp.json --coordinator coordinator.pub
-    """
+    """Find any edit, deletion or reordering; with a checkpoint also a cut end. Needs no secret."""
     place = SafeFolder(folder)
     if (checkpoint is None) != (coordinator is None):
         raise AuditError("verify: expected --checkpoint and --coordinator together")
@@ -195,7 +188,9 @@ def log_verify(
     _print(facts, as_json, f"{len(heads)} records verified; {scope}.")
 
 
-@log_app.command("checkpoint")
+@log_app.command(
+    "checkpoint", epilog="Example: consilium hospital log checkpoint > checkpoint.json"
+)
 def log_checkpoint(
     countersigned: Annotated[
         Path | None, typer.Argument(help="The coordinator's answer, to be recorded.")
@@ -203,10 +198,7 @@ def log_checkpoint(
     coordinator: Annotated[Path | None, typer.Option(help="The coordinator's key.")] = None,
     folder: Folder = Path(),
 ) -> None:
-    """Print a signed checkpoint for the coordinator, or record its countersigned answer.
-
-    Example: consilium hospital log checkpoint > checkpoint.json
-    """
+    """Print a signed checkpoint for the coordinator, or record its countersigned answer."""
     if (countersigned is None) != (coordinator is None):
         raise AuditError("checkpoint: expected the answer and --coordinator together")
     with open_safe(folder) as safe:
@@ -247,18 +239,17 @@ def _print_budget(report: BudgetReport) -> None:
         f"Limits per patient: ε {limits.epsilon_lifetime:g} in all, {limits.epsilon_per_year:g} "
         f"in 365 days, at δ {limits.delta:g} ({limits.relation}). {report.patients} patients."
     )
-    table = Table("cohort", "patients", "ε spent", "ε this year", "ε left", "rounds left", "study")
+    cohorts = Table("cohort", "patients", "ε spent", "ε this year", "ε left", "rounds left")
+    studies = Table("cohort", "study", "stage", "releases", "unresolved", "ε alone")
     for row in report.cohorts:
-        studies = ", ".join(
-            f"{one.study}/{one.stage} ×{one.releases} (ε {one.epsilon_alone:.3g} alone)"
-            for one in row.studies
-        )
         left = min(row.left_lifetime, row.left_year)
         spent = (f"{value:.3g}" for value in (row.spent_lifetime, row.spent_year, left))
-        table.add_row(row.cohort, str(row.patients), *spent, str(row.rounds_left), studies)
-    console = Console()
-    console.print(table)
+        cohorts.add_row(row.cohort, str(row.patients), *spent, str(row.rounds_left))
+        for one in row.studies:
+            counts = (str(one.releases), str(one.unresolved), f"{one.epsilon_alone:.3g}")
+            studies.add_row(row.cohort, one.study, one.stage, *counts)
     shares = Table("share of patients", "ε spent at most", "ε this year at most")
-    for one in report.quantiles:
-        shares.add_row(f"{one.share:.0%}", f"{one.spent_lifetime:.3g}", f"{one.spent_year:.3g}")
-    console.print(shares)
+    for share in report.quantiles:
+        figures = (f"{share.spent_lifetime:.3g}", f"{share.spent_year:.3g}")
+        shares.add_row(f"{share.share:.0%}", *figures)
+    Console().print(cohorts, studies, shares)

@@ -111,9 +111,9 @@ def test_nothing_released_costs_nothing() -> None:
 @pytest.mark.parametrize("relation", [ADD, REPLACE])
 def test_a_thousand_distinct_events_in_three_seconds(relation: Relation) -> None:
     events = [event(0.001 + i * 1.1e-4, 0.8 + i * 7e-3, 1 + i % 400) for i in range(1000)]
-    start_s = time.perf_counter()
+    start_s = time.thread_time()
     whole = epsilon(events, delta=1e-5, relation=relation)
-    assert time.perf_counter() - start_s < 3.0
+    assert time.thread_time() - start_s < 3.0
     assert epsilon(events[::-1], delta=1e-5, relation=relation) == whole
 
 
