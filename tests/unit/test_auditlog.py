@@ -264,3 +264,20 @@ def test_a_log_cut_while_in_use_is_noticed(tmp_path: Path) -> None:
     path.write_bytes(b"".join(lines[:-1]))
     with pytest.raises(AuditError, match="was cut while in use"):
         log.append("refused", {"rule": "x"})
+
+
+def test_two_histories_of_one_log_cannot_be_spliced(tmp_path: Path) -> None:
+    """Every line is genuine and rightly numbered; only the chain tells that they do not belong."""
+    first, second = tmp_path / "first.log", tmp_path / "second.log"
+    filled(first, 1)
+    second.write_bytes(first.read_bytes())
+    second.chmod(0o600)
+    for path in (first, second):
+        log = AuditLog(path, HOSPITAL)
+        log.append("refused", {"rule": path.name})
+        log.append("refused", {"rule": path.name})
+    ours = first.read_bytes().splitlines(keepends=True)
+    theirs = second.read_bytes().splitlines(keepends=True)
+    first.write_bytes(b"".join([*ours[:2], theirs[2], ours[3]]))
+    with pytest.raises(AuditError, match=r"line 4: .*changed, removed or reordered"):
+        verify_log(first, HOSPITAL.public)
