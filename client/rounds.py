@@ -120,7 +120,11 @@ def evaluate(hospital: Hospital, task: EvaluateTask) -> EvaluateReply:
     )
     owners, _ = units_of(hospital.test, study.privacy.unit)
     stream = hospital.noise.stream(
-        "evaluate", task.study_digest, digest_tensors(task.student), hospital.cohort_digest
+        "evaluate",
+        task.study_digest,
+        digest_tensors(task.student),
+        digest_tensors({"scaling": task.scaling}),
+        hospital.cohort_digest,
     )
     histogram = charged_histogram(
         study, hospital.test.labels, probabilities.double().numpy(), owners, stream
