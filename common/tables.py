@@ -187,7 +187,7 @@ def _read_csv(source: SourceSpec, folder: Path) -> dict[str, NDArray[Any]]:
 def _read_npz(source: SourceSpec, folder: Path) -> dict[str, NDArray[Any]]:
     path = _existing(source, folder)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except (ValueError, OSError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: cannot be read as an npz of plain arrays: {error}") from None
@@ -295,13 +295,12 @@ def _read_image(
         )
     scale = float(np.iinfo(cells.dtype).max) if cells.dtype.kind in "ui" else 1.0
     pixels = cells.astype(np.float64) / scale
-    flat = pixels.reshape(len(pixels), -1)
-    absent = np.isnan(flat)
-    outside = (flat < 0) | (flat > 1)
+    absent = np.isnan(pixels)
+    outside = (pixels < 0) | (pixels > 1)
     return np.clip(np.nan_to_num(pixels, nan=0.0), 0.0, 1.0).astype(np.float32), ColumnReport(
         name=column.name,
-        missing=int(absent.any(axis=1).sum()),
-        out_of_range=int(outside.any(axis=1).sum()),
+        missing=int(absent.any(axis=(1, 2)).sum()),
+        out_of_range=int(outside.any(axis=(1, 2)).sum()),
     )
 
 
@@ -323,7 +322,7 @@ def _labels(cells: NDArray[Any], dictionary: Dictionary, source: SourceSpec) -> 
         index.update({_key(value): number for value in group})
     raw_recode: Mapping[str, Scalar] = source.recode.get(dictionary.label.name, {})
     recode = {_key(raw): _key(value) for raw, value in raw_recode.items()}
-    keys = [_key(cell) for cell in cells.reshape(len(cells), -1)[:, 0]]
+    keys = [_key(cell) for cell in (cells if cells.ndim == 1 else cells[:, 0])]
     return np.array([index.get(recode.get(key, key), -1) for key in keys], dtype=np.int64)
 
 
