@@ -27,10 +27,8 @@ _NON_PRIVATE: dict[str, Any] = {
 
 def accuracy(data_folder: Path) -> dict[str, Any]:
     """The bars' figures: ``wisconsin`` always, ``heart`` where its files are found."""
-    figures: dict[str, Any] = {"wisconsin": wisconsin()}
-    folder = heart_folder(data_folder)
-    figures["heart"] = heart(folder) if folder else None
-    return figures
+    folder = find_folder(data_folder, "heart", "processed.cleveland.data")
+    return {"wisconsin": wisconsin(), "heart": heart(folder) if folder else None}
 
 
 def wisconsin() -> dict[str, Any]:
@@ -41,7 +39,7 @@ def wisconsin() -> dict[str, Any]:
         "eps1_auc": {"privacy__epsilon": 1.0},
         "nonprivate_auc": _NON_PRIVATE,
     }
-    return _figures(
+    return figures(
         {
             key: [
                 together(student_scores(study.revised(seed=seed, **changes), Path())).auc
@@ -68,7 +66,7 @@ def heart(folder: Path) -> dict[str, Any]:
         # A hospital's accuracy counts every one of its patients once, over all folds.
         return float(np.mean([together(parts).accuracy for parts in zip(*folds, strict=True)]))
 
-    return _figures(
+    return figures(
         {key: [seed_accuracy(seed, changes) for seed in SEEDS] for key, changes in arms.items()}
     )
 
@@ -85,15 +83,16 @@ def student_scores(study: Study, data_folder: Path) -> list[Scores]:
         return score(student, study, features, hospitals)
 
 
-def heart_folder(data_folder: Path) -> Path | None:
-    """Where the four files lie: ``data_folder`` itself or its ``heart``; None if nowhere."""
-    for folder in (data_folder, data_folder / "heart"):
-        if (folder / "processed.cleveland.data").is_file():
+def find_folder(data_folder: Path, name: str, file: str) -> Path | None:
+    """The folder that holds ``file``: ``data_folder`` itself or its ``name``; None if neither."""
+    for folder in (data_folder, data_folder / name):
+        if (folder / file).is_file():
             return folder
     return None
 
 
-def _figures(values: dict[str, list[float]]) -> dict[str, Any]:
+def figures(values: dict[str, list[float]]) -> dict[str, Any]:
+    """Mean and 95 % interval of each figure over the seeds."""
     rows: dict[str, Any] = {}
     for key, each in values.items():
         interval: Interval = mean_interval(each)
