@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -125,7 +126,9 @@ def test_partitions_cover_all_patients_once(
     if changes["partition"] == "equal":
         assert max(sizes) - min(sizes) <= 1
     if changes["partition"] == "power_law":
-        assert sizes == sorted(sizes, reverse=True)
+        # Decreasing, but for rounding to whole patients.
+        assert all(later <= earlier + 1 for earlier, later in itertools.pairwise(sizes))
+        assert hospitals == 1 or sizes[0] > 1.5 * sizes[-1]
 
 
 def test_label_skew_skews(wisconsin: Study) -> None:
