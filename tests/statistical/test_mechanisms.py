@@ -43,9 +43,9 @@ def draws(*context: bytes | str | int, count: int = DRAWS) -> Floats:
 def variance_fits(sample: Floats, std: float) -> bool:
     """Σx²/σ² follows χ² with n degrees of freedom, if the noise has standard deviation σ."""
     statistic = float((sample**2).sum()) / std**2
-    return 2 * min(stats.chi2.cdf(statistic, len(sample)), stats.chi2.sf(statistic, len(sample))) > (
-        ALPHA
-    )
+    return 2 * min(
+        stats.chi2.cdf(statistic, len(sample)), stats.chi2.sf(statistic, len(sample))
+    ) > (ALPHA)
 
 
 def independent(first: Floats, second: Floats) -> bool:
@@ -336,9 +336,7 @@ def test_a_training_release_carries_the_promised_noise(
     small: Study, make_hospital: MakeHospital
 ) -> None:
     """Through the whole of ``train``: the update is −learning rate · N(0, (σ C / n)²)."""
-    study = small.revised(
-        privacy__clip_norm=1e-9, teacher__hidden=[4, 2000], privacy__epsilon=0.5
-    )
+    study = small.revised(privacy__clip_norm=1e-9, teacher__hidden=[4, 2000], privacy__epsilon=0.5)
     hospital, task = make_hospital(study), _train(study)
     noise = noise_of(hospital, task).double().numpy()
     std = 0.5 * budget_of(study).noise_multiplier * 1e-9 / hospital.declared_patients

@@ -154,9 +154,7 @@ _IMPOSSIBLE: dict[str, tuple[Callable[[Tree], Any], str]] = {
     ),
     "imaging without image": (lambda t: t.update(task="imaging"), "needs one image column"),
     "image in a diagnosis": (
-        lambda t: t["dictionary"].update(
-            columns=[{"name": "x", "kind": "image", "shape": [8, 8]}]
-        ),
+        lambda t: t["dictionary"].update(columns=[{"name": "x", "kind": "image", "shape": [8, 8]}]),
         "did you mean task = 'imaging'?",
     ),
     "cnn on a table": (lambda t: t["teacher"].update(kind="cnn", skip=False), "expected 'mlp'"),
@@ -168,9 +166,7 @@ _IMPOSSIBLE: dict[str, tuple[Callable[[Tree], Any], str]] = {
     "private scaling without numbers": (
         lambda t: (
             t.update(scaling="private"),
-            t["dictionary"].update(
-                columns=[{"name": "s", "kind": "binary", "categories": [0, 1]}]
-            ),
+            t["dictionary"].update(columns=[{"name": "s", "kind": "binary", "categories": [0, 1]}]),
         ),
         "needs a numeric column",
     ),
