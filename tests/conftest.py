@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-# Before Flower is imported: its defaults report usage and look for updates.
+# Before Flower and torch are imported. Flower's defaults report usage and look for updates.
 for _name, _value in {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # The networks here are tiny: threads would only wait for each other (ten times slower).
+    "OMP_NUM_THREADS": "1",
 }.items():
     os.environ.setdefault(_name, _value)
 

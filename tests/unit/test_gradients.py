@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from common.features import FeatureMap, range_scaling
 from common.learning import gradients as module
 from common.learning.gradients import PerRecordGradients, plain_gradient, private_gradient
 from common.learning.records import Records
@@ -18,7 +19,6 @@ from common.models import build_student, build_teacher
 from common.privacy.plan import StepPlan, combine_records
 from common.privacy.units import PrivacyUnit, Relation
 from common.randomness import SeededNoise, Stream
-from common.features import FeatureMap, range_scaling
 from common.study import Study, parse_study
 from common.tasks import task_named
 from common.tensors import get_vector, set_vector, trainable

@@ -36,7 +36,7 @@ def test_folds_hold_whole_patients_and_cover_all(small: Study, make_table: MakeT
         assert len(train) + len(test) == len(table)
         assert set(Counter(test.patients).values()) == {3}
         tested += sorted(set(test.patients))
-        labels = {one: label for one, label in zip(table.patients, table.labels, strict=True)}
+        labels = dict(zip(table.patients, table.labels, strict=True))
         share = np.mean(list(labels.values()))
         found = np.mean([labels[one] for one in set(test.patients)])
         assert abs(found - share) <= 1 / len(set(test.patients))  # stratified

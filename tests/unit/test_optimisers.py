@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -110,7 +111,7 @@ def test_a_watched_plateau_slows_the_loop() -> None:
         steps=101,
         watch=lambda _: 1.0,  # it never gets better after the first check
     )
-    moves = [round(one - two, 6) for one, two in zip(taken, taken[1:], strict=False)]
+    moves = [round(one - two, 6) for one, two in itertools.pairwise(taken)]
     assert moves[:80] == [1.0] * 80
     assert moves[80:] == [0.5] * 20
 
