@@ -24,7 +24,7 @@ from common.study import Study, load_study
 from common.wire import TrainReply, TrainTask
 from server import app as server_app
 from server.conduct import Progress
-from server.store import RunFolder
+from server.store import Checkpoint, RunFolder
 from simulations.evaluation import finished_models, round_curve, score, together
 from simulations.simulate import load_hospitals, resume, simulate
 
@@ -323,6 +323,36 @@ def test_an_interruption_at_any_round_changes_no_byte(
             RunFolder(path).read_json("result.json")
         resume(path, quiet)
         same(whole.path, path)
+
+
+@pytest.mark.parametrize("moment", ["before the tensors", "before they are named"])
+def test_an_interruption_inside_a_checkpoint_changes_no_byte(
+    wisconsin: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The round is logged and its model saved, but the step is not finished yet."""
+    whole = run(wisconsin, tmp_path / "whole")
+    original_checkpoint, original_write = RunFolder.checkpoint, RunFolder.write_json
+
+    def checkpoint(self: RunFolder, done: Checkpoint) -> None:
+        if done.round == 2:
+            raise Interrupted
+        original_checkpoint(self, done)
+
+    def write_json(self: RunFolder, name: str, value: Any) -> None:
+        if name == "checkpoint.json" and value["round"] == 2:
+            raise Interrupted
+        original_write(self, name, value)
+
+    with monkeypatch.context() as patch:
+        if moment == "before the tensors":
+            patch.setattr(RunFolder, "checkpoint", checkpoint)
+        else:
+            patch.setattr(RunFolder, "write_json", write_json)
+        with pytest.raises(Interrupted):
+            run(wisconsin, tmp_path / "run")
+    assert len(RunFolder(tmp_path / "run").metrics()) == 3  # pretrain and two rounds
+    resume(tmp_path / "run", quiet)
+    same(whole.path, tmp_path / "run")
 
 
 def test_interrupted_again_and_again(wisconsin: Study, tmp_path: Path) -> None:
