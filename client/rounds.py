@@ -123,7 +123,11 @@ def evaluate(hospital: Hospital, task: EvaluateTask) -> EvaluateReply:
     owners, units = units_of(hospital.test, study.privacy.unit)
     _sound_delta(hospital, units)
     stream = hospital.noise.stream(
-        "evaluate", task.study_digest, digest_tensors(task.student), hospital.cohort_digest
+        "evaluate",
+        task.study_digest,
+        digest_tensors(task.student),
+        digest_tensors({"scaling": task.scaling}),
+        hospital.cohort_digest,
     )
     histogram = charged_histogram(
         study, hospital.test.labels, probabilities.double().numpy(), owners, stream
