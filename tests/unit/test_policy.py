@@ -211,7 +211,7 @@ def test_a_policy_that_is_not_fully_understood_is_refused(old: str, new: str, me
 
 
 def test_the_example_policy_is_the_default_one() -> None:
-    example = Path(__file__).parents[2] / "deploy" / "examples" / "policy.toml"
+    example = Path(__file__).parents[2] / "deploy" / "policy.toml"
     assert example.read_text() == TEXT
 
 
