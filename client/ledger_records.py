@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -47,6 +47,8 @@ class Entry:
     unit: PrivacyUnit
     charge: Charge
     state: str
+    study_digest: str
+    declared: tuple[GaussianEvent, ...]
 
 
 def event_json(event: GaussianEvent) -> list[float | int]:
@@ -54,13 +56,15 @@ def event_json(event: GaussianEvent) -> list[float | int]:
     return [event.noise_multiplier, event.sampling_rate, event.steps]
 
 
+def _event(parts: Sequence[Any]) -> GaussianEvent:
+    noise, rate, steps = parts
+    return GaussianEvent(noise_multiplier=noise, sampling_rate=rate, steps=steps)
+
+
 def parse_charge(facts: Mapping[str, Any]) -> Charge:
     """The charge in an entry's facts."""
     return Charge(
-        events=tuple(
-            GaussianEvent(noise_multiplier=noise, sampling_rate=rate, steps=steps)
-            for noise, rate, steps in facts["charged"]
-        ),
+        events=tuple(_event(one) for one in facts["charged"]),
         relation=Relation(facts["relation"]),
         adaptive=facts["adaptive"],
         time=datetime.fromisoformat(facts["time"]),
@@ -80,4 +84,6 @@ def parse_entry(identifier: int, cohort: int, text: str, state: str) -> Entry:
         unit=PrivacyUnit(facts["unit"]),
         charge=parse_charge(facts),
         state=state,
+        study_digest=facts["study_digest"],
+        declared=tuple(_event(one) for one in facts["declared"]),
     )

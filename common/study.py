@@ -326,6 +326,15 @@ class Study(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _evaluation_is_protected(self) -> Self:
+        if self.privacy.trust is Trust.NONE and self.evaluation.epsilon is not None:
+            raise ValueError(
+                "evaluation.epsilon has no meaning with trust = 'none', which adds no noise; "
+                "leave it out"
+            )
+        return self
+
     def digest(self) -> str:
         """SHA-256 of what binds the parties: the study without its simulation section."""
         return _digest(self.model_dump(mode="json", exclude={"simulation"}))

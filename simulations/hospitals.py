@@ -14,6 +14,7 @@ import numpy as np
 import tomli_w
 from numpy.typing import NDArray
 
+from client.guard import MemoryGuard
 from client.hospital import Hospital, split_patients
 from common.dictionary import Column
 from common.errors import StudyError
@@ -85,7 +86,7 @@ def open_world(world: World, noise_of: Mapping[str, NoiseSource]) -> list[Hospit
                 train=train,
                 test=test,
                 declared_patients=declared(train),
-                noise=noise_of[site.name],
+                guard=MemoryGuard(noise_of[site.name]),
             )
         )
     return hospitals
@@ -100,7 +101,7 @@ def pooled(hospitals: list[Hospital]) -> Hospital:
         train=train,
         test=concatenate([hospital.test for hospital in hospitals]),
         declared_patients=declared(train),
-        noise=hospitals[0].noise,
+        guard=MemoryGuard(hospitals[0].guard.noise),
     )
 
 

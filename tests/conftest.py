@@ -21,6 +21,7 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+from client.guard import MemoryGuard
 from client.hospital import Hospital
 from common.dictionary import Dictionary
 from common.randomness import SeededNoise
@@ -133,7 +134,7 @@ def make_hospital() -> Callable[..., Hospital]:
             train=_table(study, patients, records_each, seed),
             test=_table(study, 20, 1, seed + 1000),
             declared_patients=patients,
-            noise=SeededNoise(noise_seed, name),
+            guard=MemoryGuard(SeededNoise(noise_seed, name)),
         )
 
     return make

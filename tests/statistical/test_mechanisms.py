@@ -21,6 +21,7 @@ from scipy import stats
 from torch import Tensor
 
 from client import rounds
+from client.guard import MemoryGuard
 from client.hospital import Hospital
 from common.features import range_scaling, scaling_tensor
 from common.privacy.budget import budget_of
@@ -269,8 +270,12 @@ def _train(study: Study, **changes: object) -> TrainTask:
 
 
 def noise_of(hospital: Hospital, task: TrainTask) -> Tensor:
-    """A released update: a gradient that these tests hold alike, and the noise."""
-    return rounds.train(hospital, task).update
+    """A released update: a gradient that these tests hold alike, and the noise.
+
+    Each request meets a gate with nothing spent: how much may be asked is tests/unit/test_guard.py.
+    """
+    fresh = replace(hospital, guard=MemoryGuard(hospital.guard.noise))
+    return rounds.train(fresh, task).update
 
 
 def test_the_same_request_gives_the_same_bytes(small: Study, make_hospital: MakeHospital) -> None:
@@ -293,7 +298,7 @@ def test_any_changed_part_of_a_request_gives_other_noise(
         "teacher": (hospital, _train(small, teacher=nudged)),
         "student": (hospital, _train(small, student=pupils)),
         "scaling": (hospital, _train(small, scaling=task.scaling * (1 + 1e-6))),
-        "cohort": (replace(hospital, train=corrected, cohort_digest=""), task),
+        "cohort": (replace(hospital, train=corrected), task),
         "hospital": (make_hospital(small, "south"), task),
         "key": (make_hospital(small, noise_seed=8), task),
     }
@@ -311,8 +316,12 @@ def test_other_statistics_and_scores_get_other_noise(
     study = small.revised(scaling="private", evaluation__epsilon=1.0)
     hospital = make_hospital(study)
     digest, task = study.digest(), _train(study)
+
+    def fresh() -> Hospital:
+        return replace(hospital, guard=MemoryGuard(hospital.guard.noise))
+
     asked = [
-        rounds.statistics(hospital, StatisticsTask(study_digest=digest, attempt=attempt)).sums
+        rounds.statistics(fresh(), StatisticsTask(study_digest=digest, attempt=attempt)).sums
         for attempt in (0, 0, 1)
     ]
     assert torch.equal(asked[0], asked[1])
@@ -320,7 +329,7 @@ def test_other_statistics_and_scores_get_other_noise(
 
     def histogram(scaling: Tensor, student: dict[str, Tensor]) -> Tensor:
         request = EvaluateTask(study_digest=digest, student=student, scaling=scaling)
-        return rounds.evaluate(hospital, request).histogram
+        return rounds.evaluate(fresh(), request).histogram
 
     first = histogram(task.scaling, task.student)
     assert torch.equal(first, histogram(task.scaling, task.student))

@@ -82,7 +82,7 @@ def _tables(tree: dict[str, object], part: str) -> tuple[nn.Module, Study, Tenso
     if part == "student":
         return build_student(study, features), study, inputs
     teacher = build_teacher(study, features)
-    nn.init.normal_(teacher.head.weight)
+    nn.init.normal_(teacher.head.weight, generator=torch.Generator().manual_seed(1))
     teacher.encoder.requires_grad_(part == "all")
     return teacher, study, inputs
 
@@ -111,7 +111,8 @@ def test_per_record_gradients_equal_the_oracle(
     assert fast.shape == (7, each.size)
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-6)
     # Neither order nor company changes a record's gradient.
-    torch.testing.assert_close(each(get_vector(model), inputs[2:3], labels[2:3])[0], fast[2])
+    alone = each(get_vector(model), inputs[2:3], labels[2:3])[0]
+    torch.testing.assert_close(alone, fast[2], rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_are_taken_at_the_given_weights() -> None:

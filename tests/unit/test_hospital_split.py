@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from client.hospital import Hospital, open_hospital, split_patients, units_of
+from client.hospital import Hospital, open_hospital, rows_digest, split_patients, units_of
 from common.errors import DataError, StudyError
 from common.features import FeatureMap, range_scaling
 from common.privacy.units import PrivacyUnit
@@ -67,28 +68,15 @@ def test_records_as_units_need_one_record_per_patient(small: Study, make_table: 
         units_of(twice, PrivacyUnit.RECORD)
 
 
-def test_the_cohort_digest_sees_every_row_it_protects(
-    small: Study, make_hospital: MakeHospital
-) -> None:
-    """Training and test rows alike: a release over changed rows must not reuse its noise."""
-    one, same = make_hospital(small), make_hospital(small)
-    assert one.cohort_digest == same.cohort_digest
-    for part in ("train", "test"):
-        table: Table = getattr(one, part)
-        changed = table.values["a"].copy()
-        changed[0] += 1e-9
-        other = Table(
-            table.dictionary,
-            dict(table.values) | {"a": changed},
-            table.labels,
-            table.patients,
-            table.report,
-        )
-        parts = {"train": one.train, "test": one.test} | {part: other}
-        digest = Hospital(
-            "north", small, parts["train"], parts["test"], 60, one.noise
-        ).cohort_digest
-        assert digest != one.cohort_digest
+def test_the_rows_digest_sees_every_row(small: Study, make_hospital: MakeHospital) -> None:
+    """A release over changed rows must not reuse its noise."""
+    one, same = make_hospital(small).train, make_hospital(small).train
+    assert rows_digest(one) == rows_digest(same)
+    changed = one.values["a"].copy()
+    changed[0] += 1e-9
+    other = replace(one, values=dict(one.values) | {"a": changed})
+    assert rows_digest(other) != rows_digest(one)
+    assert rows_digest(one.take(np.arange(len(one) - 1))) != rows_digest(one)
 
 
 # Worlds
@@ -233,8 +221,10 @@ def test_hospitals_on_disk_are_those_in_memory(
     write_world(world, home)
     write_world(world, home)  # again over itself
     for inside in open_world(world, seeded_noise(1, names)):
-        outside = open_hospital(home / "hospitals" / inside.name, noise_seed=1)
-        assert outside.cohort_digest == inside.cohort_digest
+        with open_hospital(home / "hospitals" / inside.name, noise_seed=1) as outside:
+            pass
+        assert rows_digest(outside.train) == rows_digest(inside.train)
+        assert rows_digest(outside.test) == rows_digest(inside.test)
         assert outside.declared_patients == inside.declared_patients
         features = FeatureMap(study.dictionary, range_scaling(study.dictionary))
         for part in ("train", "test"):
@@ -265,11 +255,13 @@ def test_a_folder_of_other_things_is_left_alone(wisconsin: Study, tmp_path: Path
 def test_a_hospital_makes_its_secret_key_once(wisconsin: Study, tmp_path: Path) -> None:
     write_world(build_world(wisconsin, Path()), tmp_path / "w")
     folder = tmp_path / "w" / "hospitals" / "hospital-1"
-    hospital = open_hospital(folder)
-    assert hospital.noise.is_secret
+    with open_hospital(folder) as hospital:
+        assert hospital.guard.noise.is_secret
+        # Nothing remembers what such a hospital spent: its statement guarantees nothing.
+        assert not hospital.guard.is_lasting
     key = folder / "noise.key"
     assert len(key.read_bytes()) == 32
     assert key.stat().st_mode & 0o077 == 0
-    assert open_hospital(folder).noise == hospital.noise
-    other = open_hospital(folder.parent / "hospital-2")
-    assert other.noise != hospital.noise
+    with open_hospital(folder) as again, open_hospital(folder.parent / "hospital-2") as other:
+        assert again.guard.noise == hospital.guard.noise
+        assert other.guard.noise != hospital.guard.noise
