@@ -87,12 +87,17 @@ def open_hospital(folder: Path, *, noise_seed: int | None = None) -> Hospital:
     table = read_table(settings.source, study.dictionary, folder)
     train, test = split_patients(table, study.evaluation, seed=study.seed, name=settings.name)
     noise: NoiseSource = (
-        SecretNoise(_key(folder / settings.noise_key_file)) if noise_seed is None
+        SecretNoise(_key(folder / settings.noise_key_file))
+        if noise_seed is None
         else SeededNoise(noise_seed, settings.name)
     )
     return Hospital(
-        name=settings.name, study=study, train=train, test=test,
-        declared_patients=settings.declared_patients, noise=noise,
+        name=settings.name,
+        study=study,
+        train=train,
+        test=test,
+        declared_patients=settings.declared_patients,
+        noise=noise,
     )
 
 

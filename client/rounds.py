@@ -53,9 +53,7 @@ def statistics(hospital: Hospital, task: StatisticsTask) -> StatisticsReply:
     _same_study(hospital, task.study_digest)
     plan = _charge(hospital.study, "statistics", 0).plan
     owners, units = units_of(hospital.train, hospital.study.privacy.unit)
-    each = combine_records(
-        moment_contributions(hospital.train), torch.from_numpy(owners), units
-    )
+    each = combine_records(moment_contributions(hospital.train), torch.from_numpy(owners), units)
     stream = hospital.noise.stream(
         "statistics", task.study_digest, task.attempt, hospital.cohort_digest
     )
@@ -68,9 +66,7 @@ def train(hospital: Hospital, task: TrainTask) -> TrainReply:
     study = hospital.study
     _same_study(hospital, task.study_digest)
     charge = _charge(study, task.stage, task.round)
-    features = FeatureMap(
-        study.dictionary, scaling_from_tensor(study.dictionary, task.scaling)
-    )
+    features = FeatureMap(study.dictionary, scaling_from_tensor(study.dictionary, task.scaling))
     records = hospital.training_records(features)
     teacher = load_teacher(study, features, task.teacher)
     if task.stage == "finetune":
@@ -82,14 +78,27 @@ def train(hospital: Hospital, task: TrainTask) -> TrainReply:
         records, loss = taught_records(study, teacher, records)
         spec = study.distill.optimiser
     stream = hospital.noise.stream(
-        "train", task.study_digest, task.stage, task.round, task.attempt,
-        digest_tensors(task.teacher), digest_tensors(task.student),
-        digest_tensors({"scaling": task.scaling}), hospital.cohort_digest,
+        "train",
+        task.study_digest,
+        task.stage,
+        task.round,
+        task.attempt,
+        digest_tensors(task.teacher),
+        digest_tensors(task.student),
+        digest_tensors({"scaling": task.scaling}),
+        hospital.cohort_digest,
     )
     start = get_vector(model)
     final = _local_steps(
-        model, loss, records, charge, spec, start,
-        round_number=task.round, declared=hospital.declared_patients, stream=stream,
+        model,
+        loss,
+        records,
+        charge,
+        spec,
+        start,
+        round_number=task.round,
+        declared=hospital.declared_patients,
+        stream=stream,
         proximal_mu=study.federation.proximal_mu,
     )
     return TrainReply(
@@ -104,9 +113,7 @@ def evaluate(hospital: Hospital, task: EvaluateTask) -> EvaluateReply:
     nothing = EvaluateReply(hospital=hospital.name, histogram=torch.zeros(0, 0))
     if study.evaluation.epsilon is None:
         return nothing
-    features = FeatureMap(
-        study.dictionary, scaling_from_tensor(study.dictionary, task.scaling)
-    )
+    features = FeatureMap(study.dictionary, scaling_from_tensor(study.dictionary, task.scaling))
     student = load_student(study, features, task.student)
     probabilities = task_named(study.task).probabilities(
         answer(student, features.encode(hospital.test))
@@ -153,16 +160,28 @@ def taught_records(study: Study, teacher: Teacher, records: Records) -> tuple[Re
 
 
 def _local_steps(
-    model: Teacher | Student, loss: Loss, records: Records, charge: Charge, spec: OptimiserSpec,
-    start: Tensor, *, round_number: int, declared: int, stream: Stream, proximal_mu: float,
+    model: Teacher | Student,
+    loss: Loss,
+    records: Records,
+    charge: Charge,
+    spec: OptimiserSpec,
+    start: Tensor,
+    *,
+    round_number: int,
+    declared: int,
+    stream: Stream,
+    proximal_mu: float,
 ) -> Tensor:
     """The weights after this round's local steps."""
     expected_units = declared * charge.plan.sampling_rate
     gradient: Gradient
     if charge.plan.private:
         gradient = private_gradient(
-            PerRecordGradients(model, loss), records, charge.plan,
-            expected_units=expected_units, stream=stream,
+            PerRecordGradients(model, loss),
+            records,
+            charge.plan,
+            expected_units=expected_units,
+            stream=stream,
         )
     else:
         gradient = plain_gradient(
@@ -176,7 +195,9 @@ def _local_steps(
             return inner(weights) + proximal_mu * (weights - start)
 
     return loop.run(
-        start, gradient, spec,
+        start,
+        gradient,
+        spec,
         steps=charge.steps_per_round,
         first_step=round_number * charge.steps_per_round,
         total_steps=charge.rounds * charge.steps_per_round,

@@ -83,9 +83,7 @@ class Label(Strict):
     def _classes_are_disjoint(self) -> Self:
         values = [value for group in self.classes for value in group]
         if len(values) != len(set(values)) or not all(self.classes):
-            raise ValueError(
-                f"classes must be non-empty and share no value, found {self.classes}"
-            )
+            raise ValueError(f"classes must be non-empty and share no value, found {self.classes}")
         if self.class_names and len(self.class_names) != len(self.classes):
             raise ValueError(
                 f"expected {len(self.classes)} class_names, one per class, "

@@ -35,9 +35,9 @@ class Scaling:
 
 def range_scaling(dictionary: Dictionary) -> Scaling:
     """Scaling from the dictionary's ``typical`` values, else from its plausible ranges."""
-    return Scaling({
-        column.name: column.typical or _from_range(column) for column in _numeric(dictionary)
-    })
+    return Scaling(
+        {column.name: column.typical or _from_range(column) for column in _numeric(dictionary)}
+    )
 
 
 def corpus_scaling(table: Table) -> Scaling:
@@ -65,8 +65,9 @@ def scaling_from_tensor(dictionary: Dictionary, moments: Tensor) -> Scaling:
             f"found shape {tuple(moments.shape)}"
         )
     pairs = moments.double().tolist()
-    return Scaling({column.name: (mean, std) for column, (mean, std) in zip(
-        columns, pairs, strict=True)})
+    return Scaling(
+        {column.name: (mean, std) for column, (mean, std) in zip(columns, pairs, strict=True)}
+    )
 
 
 def moment_contributions(table: Table) -> Tensor:
@@ -144,7 +145,7 @@ class FeatureMap:
     @property
     def width(self) -> int:
         """Number of inputs of a record (tables)."""
-        return self.groups()[-1].stop
+        return sum(_width(column) for column in self.dictionary.columns)
 
     def encode(self, table: Table) -> Tensor:
         """Inputs of all records: [rows, width], or [rows, 1, height, width] for images."""

@@ -15,10 +15,12 @@ Message = TypeVar("Message")
 def pack(message: Any) -> RecordDict:
     """A wire message as Flower records: one of plain values, one of arrays."""
     values, arrays = to_parts(message)
-    return RecordDict({
-        "values": ConfigRecord(dict(values)),
-        "arrays": ArrayRecord({name: Array(array) for name, array in arrays.items()}),
-    })
+    return RecordDict(
+        {
+            "values": ConfigRecord(dict(values)),
+            "arrays": ArrayRecord({name: Array(array) for name, array in arrays.items()}),
+        }
+    )
 
 
 def unpack(kind: type[Message], content: RecordDict) -> Message:
@@ -26,6 +28,4 @@ def unpack(kind: type[Message], content: RecordDict) -> Message:
     values, arrays = content.get("values"), content.get("arrays")
     if not isinstance(values, ConfigRecord) or not isinstance(arrays, ArrayRecord):
         raise MessageError(f"{kind.__name__}: expected records 'values' and 'arrays'")
-    return from_parts(
-        kind, dict(values), {name: array.numpy() for name, array in arrays.items()}
-    )
+    return from_parts(kind, dict(values), {name: array.numpy() for name, array in arrays.items()})

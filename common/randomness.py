@@ -118,8 +118,10 @@ def _derive(key: bytes, context: tuple[bytes | str | int, ...]) -> bytes:
         raise ValueError("a stream needs a context: name all that the release depends on")
     parts = bytearray(b"consilium-stream-v1")
     for part in context:
-        kind, data = (b"b", part) if isinstance(part, bytes) else (
-            (b"s", part.encode()) if isinstance(part, str) else (b"i", str(part).encode())
+        kind, data = (
+            (b"b", part)
+            if isinstance(part, bytes)
+            else ((b"s", part.encode()) if isinstance(part, str) else (b"i", str(part).encode()))
         )
         parts += kind + len(data).to_bytes(8, "big") + data
     return HKDF(algorithm=hashes.SHA256(), length=_KEY_BYTES, salt=None, info=bytes(parts)).derive(

@@ -274,8 +274,11 @@ class Study(Strict):
         if image != (self.task == "imaging"):
             raise ValueError(
                 f"task = {self.task!r} "
-                + ("needs one image column" if not image else "takes no image column; "
-                   "did you mean task = 'imaging'?")
+                + (
+                    "needs one image column"
+                    if not image
+                    else "takes no image column; did you mean task = 'imaging'?"
+                )
             )
         wanted = "cnn" if image else "mlp"
         for role, spec in (("teacher", self.teacher), ("student", self.student)):
@@ -340,8 +343,10 @@ class Study(Strict):
 
     def to_toml(self) -> str:
         """The resolved study, defaults spelled out, as TOML that parses to the same study."""
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True, exclude_defaults=False)
-                             | self._unset_conflicts())
+        return tomli_w.dumps(
+            self.model_dump(mode="json", exclude_none=True, exclude_defaults=False)
+            | self._unset_conflicts()
+        )
 
     def _unset_conflicts(self) -> dict[str, Any]:
         # A key that is refused together with another must stay out when it was not given.
@@ -395,10 +400,13 @@ def _one_line(model: type[Strict], error: ValidationError) -> str:
         known = list(parent.model_fields) if parent else []
         return f"{key}: unknown key; {nearest(str(location[-1]), known)}"
     if kind in ("literal_error", "enum"):
-        choices = [word.strip().strip("'") for word in
-                   context["expected"].replace(" or ", ", ").split(",")]
-        return (f"{key}: expected one of {', '.join(choices)}, found {shown}; "
-                f"{nearest(str(found), choices)}")
+        choices = [
+            word.strip().strip("'") for word in context["expected"].replace(" or ", ", ").split(",")
+        ]
+        return (
+            f"{key}: expected one of {', '.join(choices)}, found {shown}; "
+            f"{nearest(str(found), choices)}"
+        )
     if kind == "missing":
         return f"{key}: missing; every study needs it"
     if kind == "value_error":

@@ -78,8 +78,7 @@ def concatenate(tables: list[Table]) -> Table:
     return Table(
         dictionary=first.dictionary,
         values={
-            name: np.concatenate([table.values[name] for table in tables])
-            for name in first.values
+            name: np.concatenate([table.values[name] for table in tables]) for name in first.values
         },
         labels=np.concatenate([table.labels for table in tables]),
         patients=patients,
@@ -128,9 +127,7 @@ def read_table(
     return Table(dictionary, values, labels, patients, report_all).take(keep)
 
 
-def _problems(
-    reports: list[ColumnReport], dictionary: Dictionary, rows: int
-) -> list[str]:
+def _problems(reports: list[ColumnReport], dictionary: Dictionary, rows: int) -> list[str]:
     columns = {column.name: column for column in dictionary.columns}
     found = []
     for report in reports:
@@ -182,8 +179,9 @@ def _read_npz(source: SourceSpec, folder: Path) -> dict[str, NDArray[Any]]:
 
 def _read_sklearn(source: SourceSpec, folder: Path) -> dict[str, NDArray[Any]]:  # noqa: ARG001
     if source.path not in _SKLEARN:
-        raise DataError(f"unknown scikit-learn data set {source.path!r}; "
-                        f"{nearest(source.path, _SKLEARN)}")
+        raise DataError(
+            f"unknown scikit-learn data set {source.path!r}; {nearest(source.path, _SKLEARN)}"
+        )
     from sklearn.datasets import load_breast_cancer  # noqa: PLC0415  (slow to import)
 
     bunch = load_breast_cancer()
@@ -209,7 +207,7 @@ def _cells(raw: Mapping[str, NDArray[Any]], source: SourceSpec, name: str) -> ND
     if wanted not in raw:
         raise DataError(
             f"{source.path}: column {wanted!r} not found; {nearest(wanted, raw)}, or map it with "
-            f"rename = {{ {name} = \"the file's name for it\" }}"
+            f'rename = {{ {name} = "the file\'s name for it" }}'
         )
     return raw[wanted]
 
@@ -257,16 +255,12 @@ def _read_category(
     cells: NDArray[Any], column: Column, source: SourceSpec
 ) -> tuple[NDArray[np.int64], ColumnReport]:
     index = {_key(category): code for code, category in enumerate(column.categories)}
-    recode = {
-        _key(raw): _key(value) for raw, value in source.recode.get(column.name, {}).items()
-    }
+    recode = {_key(raw): _key(value) for raw, value in source.recode.get(column.name, {}).items()}
     absent = {_key(code) for code in column.missing} | set(source.missing)
     keys = [_key(cell) for cell in cells]
     keys = [recode.get(key, key) for key in keys]
     codes = np.array([index.get(key, -1) for key in keys], dtype=np.int64)
-    unmapped = {
-        row: key for row, key in enumerate(keys) if codes[row] < 0 and key not in absent
-    }
+    unmapped = {row: key for row, key in enumerate(keys) if codes[row] < 0 and key not in absent}
     return codes, ColumnReport(
         name=column.name,
         missing=int((codes < 0).sum()),
@@ -287,9 +281,7 @@ def _read_image(
     return (cells / scale).astype(np.float32), ColumnReport(name=column.name)
 
 
-def _labels(
-    cells: NDArray[Any], dictionary: Dictionary, source: SourceSpec
-) -> NDArray[np.int64]:
+def _labels(cells: NDArray[Any], dictionary: Dictionary, source: SourceSpec) -> NDArray[np.int64]:
     index: dict[str, int] = {}
     for number, group in enumerate(dictionary.label.classes):
         index.update({_key(value): number for value in group})

@@ -190,9 +190,7 @@ def _array(tensor: Tensor) -> NDArray[Any]:
 
 def _tensor(kind: type, name: str, array: NDArray[Any]) -> Tensor:
     if array.dtype != np.float32:
-        raise MessageError(
-            f"{kind.__name__}: array {name!r} expected float32, found {array.dtype}"
-        )
+        raise MessageError(f"{kind.__name__}: array {name!r} expected float32, found {array.dtype}")
     if not np.isfinite(array).all():
         raise MessageError(f"{kind.__name__}: array {name!r} holds values that are not finite")
     return torch.from_numpy(array.copy())

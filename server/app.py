@@ -134,8 +134,13 @@ def _job_from_context(context: Context) -> Job:
     run = RunFolder.create(Path(str(context.run_config["run-folder"])), study)
 
     def watch(progress: Progress) -> None:
-        _logger.info("%s: round %d of %d, ε %s", progress.stage, progress.round,
-                     progress.rounds, progress.epsilon)
+        _logger.info(
+            "%s: round %d of %d, ε %s",
+            progress.stage,
+            progress.round,
+            progress.rounds,
+            progress.epsilon,
+        )
 
     return Job(study, run, read_corpus(study, folder / "public"), watch)
 

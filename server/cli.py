@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 coordinator_app = typer.Typer(
-    no_args_is_help=True, help="For the coordinator of a federation.",
+    no_args_is_help=True,
+    help="For the coordinator of a federation.",
     epilog="Example: consilium coordinator statement runs/heart",
 )
 
@@ -19,7 +20,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 
 @coordinator_app.command("statement", epilog="Example: consilium coordinator statement runs/heart")
 def statement(run: RunArgument, as_json: JsonOption = False) -> None:
-    """Recompute a finished run's privacy statement from its study, and hold it to the stored one."""
+    """Recompute a run's privacy statement from its study; refuse a stored one that differs."""
     from server.statement import recomputed_statement, statement_text
     from server.store import RunFolder
 

@@ -116,10 +116,17 @@ class Conductor:
     ) -> None:
         """Tell whoever watches, and log the round."""
         spent = self.budget.spent(stage, number) if self._charged(stage) else None
-        self.watch(Progress(
-            stage=stage, round=number, rounds=rounds, hospitals=hospitals, epsilon=spent,
-            elapsed_s=time.monotonic() - self.started, eta_s=eta_s,
-        ))
+        self.watch(
+            Progress(
+                stage=stage,
+                round=number,
+                rounds=rounds,
+                hospitals=hospitals,
+                epsilon=spent,
+                elapsed_s=time.monotonic() - self.started,
+                eta_s=eta_s,
+            )
+        )
         self.run.log({"stage": stage, "round": number, "hospitals": hospitals, "epsilon": spent})
 
     def _charged(self, stage: str) -> bool:
@@ -127,7 +134,10 @@ class Conductor:
 
 
 def conduct(
-    study: Study, link: Link, run: RunFolder, corpus: Table | None,
+    study: Study,
+    link: Link,
+    run: RunFolder,
+    corpus: Table | None,
     watch: Callable[[Progress], None],
 ) -> Outcome:
     """Conduct ``study`` over ``link``; everything is kept in ``run``.
@@ -163,8 +173,16 @@ def conduct(
 
     if done is None or done.stage in ("statistics", "pretrain", "finetune"):
         teacher.encoder.requires_grad_(study.finetune.trainable == "all")
-        _charged_stage(desk, "finetune", teacher, student, teacher, moments, facts,
-                       done if done and done.stage == "finetune" else None)
+        _charged_stage(
+            desk,
+            "finetune",
+            teacher,
+            student,
+            teacher,
+            moments,
+            facts,
+            done if done and done.stage == "finetune" else None,
+        )
         teacher.requires_grad_(True)
 
     if study.distill.on == "public":
@@ -173,16 +191,30 @@ def conduct(
             desk.report("distill", 1, 1, 0)
             run.checkpoint(_checkpoint("distill", 1, teacher, student, moments, facts))
     else:
-        _charged_stage(desk, "distill", teacher, student, student, moments, facts,
-                       done if done and done.stage == "distill" else None)
+        _charged_stage(
+            desk,
+            "distill",
+            teacher,
+            student,
+            student,
+            moments,
+            facts,
+            done if done and done.stage == "distill" else None,
+        )
 
     facts["evaluation"] = _evaluate(desk, student, moments)
     return Outcome(teacher, student, scaling, facts)
 
 
 def _charged_stage(
-    desk: Conductor, stage: str, teacher: Teacher, student: Student, model: Teacher | Student,
-    moments: Tensor, facts: dict[str, Any], done: Checkpoint | None,
+    desk: Conductor,
+    stage: str,
+    teacher: Teacher,
+    student: Student,
+    model: Teacher | Student,
+    moments: Tensor,
+    facts: dict[str, Any],
+    done: Checkpoint | None,
 ) -> None:
     """All rounds of ``stage``; ``model`` (teacher or student) holds the result afterwards."""
     charge = desk.budget.charge(stage)
@@ -191,8 +223,13 @@ def _charged_stage(
     for number in range(first, charge.rounds):
         set_vector(model, state.weights)
         task = TrainTask(
-            study_digest=desk.study.digest(), stage=stage, round=number, attempt=0,
-            teacher=_state(teacher), student=_state(student), scaling=moments,
+            study_digest=desk.study.digest(),
+            stage=stage,
+            round=number,
+            attempt=0,
+            teacher=_state(teacher),
+            student=_state(student),
+            scaling=moments,
         )
         summed = rules.Accumulator.empty(state.weights.numel())
         for reply in desk.ask("train", task, TrainReply):
@@ -204,8 +241,13 @@ def _charged_stage(
         set_vector(model, state.weights)
         desk.run.save_round(stage, number + 1, state.weights)
         each_s = (time.monotonic() - began) / (number + 1 - first)
-        desk.report(stage, number + 1, charge.rounds, summed.hospitals,
-                    eta_s=each_s * (charge.rounds - number - 1))
+        desk.report(
+            stage,
+            number + 1,
+            charge.rounds,
+            summed.hospitals,
+            eta_s=each_s * (charge.rounds - number - 1),
+        )
         if number + 1 < charge.rounds:
             desk.run.checkpoint(
                 _checkpoint(stage, number + 1, teacher, student, moments, facts, state)
@@ -213,8 +255,15 @@ def _charged_stage(
     set_vector(model, rules.result(state))
     desk.run.save_round(stage, charge.rounds, rules.result(state))
     desk.run.checkpoint(
-        _checkpoint(stage, charge.rounds, teacher, student, moments, facts,
-                    replace(state, weights=rules.result(state)))
+        _checkpoint(
+            stage,
+            charge.rounds,
+            teacher,
+            student,
+            moments,
+            facts,
+            replace(state, weights=rules.result(state)),
+        )
     )
 
 
@@ -222,8 +271,11 @@ def _members(study: Study, link: Link) -> dict[str, HelloReply]:
     """The hospitals that hold this study, by name."""
     digest = study.digest()
     replies = list(link.ask("hello", Hello(study_digest=digest), HelloReply))
-    members = {one.hospital: one for one in replies
-               if one.study_digest == digest and one.declared_patients > 0}
+    members = {
+        one.hospital: one
+        for one in replies
+        if one.study_digest == digest and one.declared_patients > 0
+    }
     if len(members) < len(replies):
         raise RunError(
             f"expected {len(replies)} hospitals with different names and a positive declared "
@@ -256,8 +308,9 @@ def _scaling(desk: Conductor, corpus: Table | None, done: Checkpoint | None) -> 
     assert total is not None  # noqa: S101  (ask() has refused an empty round)
     scaling = private_scaling(study.dictionary, total, plan.noise_std * math.sqrt(hospitals))
     desk.report("statistics", 1, 1, hospitals)
-    desk.run.checkpoint(Checkpoint(
-        "statistics", 1, {"scaling": scaling_tensor(study.dictionary, scaling)}, {}))
+    desk.run.checkpoint(
+        Checkpoint("statistics", 1, {"scaling": scaling_tensor(study.dictionary, scaling)}, {})
+    )
     return scaling
 
 
@@ -272,11 +325,11 @@ def _evaluate(desk: Conductor, student: Student, moments: Tensor) -> dict[str, A
     """The noised histograms hospitals release, as lists; empty without an evaluation budget."""
     if desk.study.evaluation.epsilon is None:
         return {}
-    task = EvaluateTask(
-        study_digest=desk.study.digest(), student=_state(student), scaling=moments
-    )
-    return {reply.hospital: reply.histogram.tolist()
-            for reply in desk.ask("evaluate", task, EvaluateReply)}
+    task = EvaluateTask(study_digest=desk.study.digest(), student=_state(student), scaling=moments)
+    return {
+        reply.hospital: reply.histogram.tolist()
+        for reply in desk.ask("evaluate", task, EvaluateReply)
+    }
 
 
 def _state(model: Teacher | Student) -> dict[str, Tensor]:
@@ -284,16 +337,25 @@ def _state(model: Teacher | Student) -> dict[str, Tensor]:
 
 
 def _checkpoint(
-    stage: str, number: int, teacher: Teacher, student: Student, moments: Tensor,
-    facts: dict[str, Any], state: rules.RuleState | None = None,
+    stage: str,
+    number: int,
+    teacher: Teacher,
+    student: Student,
+    moments: Tensor,
+    facts: dict[str, Any],
+    state: rules.RuleState | None = None,
 ) -> Checkpoint:
     tensors = {f"teacher/{name}": t for name, t in _state(teacher).items()}
     tensors |= {f"student/{name}": t for name, t in _state(student).items()}
     tensors["scaling"] = moments
     facts = dict(facts)
     if state is not None:
-        tensors |= {"rule/weights": state.weights, "rule/first": state.first,
-                    "rule/second": state.second, "rule/tail_sum": state.tail_sum}
+        tensors |= {
+            "rule/weights": state.weights,
+            "rule/first": state.first,
+            "rule/second": state.second,
+            "rule/tail_sum": state.tail_sum,
+        }
         facts["tail_count"] = state.tail_count
     return Checkpoint(stage, number, tensors, facts)
 
@@ -301,12 +363,17 @@ def _checkpoint(
 def _rule_state(done: Checkpoint) -> rules.RuleState:
     rule = _prefixed(done.tensors, "rule")
     return rules.RuleState(
-        rule["weights"], rule["first"], rule["second"], rule["tail_sum"],
+        rule["weights"],
+        rule["first"],
+        rule["second"],
+        rule["tail_sum"],
         int(done.facts["tail_count"]),
     )
 
 
 def _prefixed(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix + "/"): tensor for name, tensor in tensors.items()
-            if name.startswith(prefix + "/")}
-
+    return {
+        name.removeprefix(prefix + "/"): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix + "/")
+    }

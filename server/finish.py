@@ -10,14 +10,17 @@ from server.store import RunFolder
 
 
 def finish(study: Study, run: RunFolder, outcome: Outcome) -> None:
-    """Write the results of a finished study. ``result.json`` comes last: its presence means done."""
+    """Write the results of a finished study; ``result.json`` comes last and means done."""
     save_tensors(run.path / "teacher.safetensors", outcome.teacher.state_dict())
     save_tensors(run.path / "student.safetensors", outcome.student.state_dict())
     statement = privacy_statement(study, outcome.facts)
     run.write_json("privacy.json", statement)
     write_atomically(run.path / "PRIVACY.md", statement_text(statement).encode())
-    run.write_json("result.json", {
-        "study": study.name,
-        "scaling": {name: list(pair) for name, pair in outcome.scaling.moments.items()},
-        **outcome.facts,
-    })
+    run.write_json(
+        "result.json",
+        {
+            "study": study.name,
+            "scaling": {name: list(pair) for name, pair in outcome.scaling.moments.items()},
+            **outcome.facts,
+        },
+    )

@@ -69,9 +69,7 @@ def apply(
     m ← β₁ m + (1−β₁) Δ; v ← β₂ v + (1−β₂) Δ² (Adam) or v − (1−β₂) Δ² sign(v − Δ²) (Yogi);
     w + η m / (√v + τ), with v starting at τ².
     """
-    rate, beta1, beta2, tau = (
-        spec.server_learning_rate, spec.momentum, spec.beta2, spec.tau
-    )
+    rate, beta1, beta2, tau = (spec.server_learning_rate, spec.momentum, spec.beta2, spec.tau)
     first, second = state.first, state.second
     if spec.rule in ("fedavg", "fedprox"):
         move = update

@@ -67,11 +67,18 @@ def _charges(budget: Budget, study: Study) -> list[dict[str, Any]]:
         for one in budget.charges
     ]
     if study.evaluation.epsilon is not None:
-        rows.append({
-            "stage": "evaluate", "patients": "testing", "rounds": 1, "steps_per_round": 1,
-            "sampling_rate": 1.0, "noise_multiplier": None, "clip_norm": 1.0,
-            "epsilon_after": study.evaluation.epsilon,
-        })
+        rows.append(
+            {
+                "stage": "evaluate",
+                "patients": "testing",
+                "rounds": 1,
+                "steps_per_round": 1,
+                "sampling_rate": 1.0,
+                "noise_multiplier": None,
+                "clip_norm": 1.0,
+                "epsilon_after": study.evaluation.epsilon,
+            }
+        )
     return rows
 
 
@@ -87,11 +94,15 @@ def statement_text(statement: dict[str, Any]) -> str:
     """The statement in words, as Markdown."""
     unit = statement["unit"]
     if statement["trust"] == Trust.NONE.value:
-        promise = ("**No privacy guarantee.** This run clipped nothing and added no noise; it may "
-                   "only be made on public data, for comparison.")
+        promise = (
+            "**No privacy guarantee.** This run clipped nothing and added no noise; it may "
+            "only be made on public data, for comparison."
+        )
     elif not statement["secret_noise"]:
-        promise = ("**No privacy guarantee.** The noise came from a seed (test noise): whoever "
-                   "knows the seed can remove it.")
+        promise = (
+            "**No privacy guarantee.** The noise came from a seed (test noise): whoever "
+            "knows the seed can remove it."
+        )
     else:
         promise = (
             f"Every hospital's releases, seen together by anyone, are "
@@ -99,11 +110,17 @@ def statement_text(statement: dict[str, Any]) -> str:
             f"private for each {unit} ({statement['relation'].replace('_', ' ')}). "
             f"The guarantee holds against the coordinator, all other hospitals together, and "
             f"every reader of the models: each hospital's noise alone suffices (trust = "
-            f"\"local\"). It does not hold against who reads the hospital's own machines."
+            f'"local"). It does not hold against who reads the hospital\'s own machines.'
         )
-    lines = ["# Privacy statement", "", promise, "", "| stage | charged to | rounds × steps | "
-             "sampling rate | noise multiplier | clip norm | ε after |",
-             "|---|---|---|---|---|---|---|"]
+    lines = [
+        "# Privacy statement",
+        "",
+        promise,
+        "",
+        "| stage | charged to | rounds × steps | "
+        "sampling rate | noise multiplier | clip norm | ε after |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in statement["charges"]:
         after = "—" if row["epsilon_after"] is None else f"{row['epsilon_after']:.3f}"
         noise = "—" if row["noise_multiplier"] is None else f"{row['noise_multiplier']:.3f}"

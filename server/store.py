@@ -119,10 +119,16 @@ class RunFolder:
         name = f"checkpoints/{done.stage}-{done.round:04d}.safetensors"
         save_tensors(self.path / name, done.tensors)
         previous = self._named_checkpoint()
-        self.write_json("checkpoint.json", {
-            "stage": done.stage, "round": done.round, "tensors": name, "facts": done.facts,
-            "metrics_lines": len(self.metrics()),
-        })
+        self.write_json(
+            "checkpoint.json",
+            {
+                "stage": done.stage,
+                "round": done.round,
+                "tensors": name,
+                "facts": done.facts,
+                "metrics_lines": len(self.metrics()),
+            },
+        )
         if previous and previous["tensors"] != name:
             (self.path / str(previous["tensors"])).unlink(missing_ok=True)
 
@@ -135,13 +141,16 @@ class RunFolder:
         if named is None:
             return None
         return Checkpoint(
-            stage=named["stage"], round=named["round"], facts=named["facts"],
+            stage=named["stage"],
+            round=named["round"],
+            facts=named["facts"],
             tensors=load_tensors(self.path / named["tensors"]),
         )
 
     def _named_checkpoint(self) -> dict[str, Any] | None:
-        return self.read_json("checkpoint.json") if (self.path / "checkpoint.json").exists() \
-            else None
+        return (
+            self.read_json("checkpoint.json") if (self.path / "checkpoint.json").exists() else None
+        )
 
 
 def environment(study: Study) -> dict[str, Any]:

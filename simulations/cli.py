@@ -22,14 +22,22 @@ from common.study import Study, load_study
 from server.cli import coordinator_app
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
     help="Hospitals train one medical model together; no patient's record leaves its hospital.",
     epilog="Example: consilium simulate deploy/examples/wisconsin.toml",
 )
-study_app = typer.Typer(no_args_is_help=True, help="Study files.",
-                        epilog="Example: consilium study check deploy/examples/heart.toml")
-data_app = typer.Typer(no_args_is_help=True, help="Data against a study's dictionary.",
-                       epilog="Example: consilium data check study.toml --data FOLDER")
+study_app = typer.Typer(
+    no_args_is_help=True,
+    help="Study files.",
+    epilog="Example: consilium study check deploy/examples/heart.toml",
+)
+data_app = typer.Typer(
+    no_args_is_help=True,
+    help="Data against a study's dictionary.",
+    epilog="Example: consilium data check study.toml --data FOLDER",
+)
 app.add_typer(study_app, name="study", rich_help_panel="Researcher")
 app.add_typer(data_app, name="data", rich_help_panel="Researcher")
 app.add_typer(hospital_app, name="hospital", rich_help_panel="Hospital")
@@ -38,6 +46,7 @@ app.add_typer(coordinator_app, name="coordinator", rich_help_panel="Coordinator"
 StudyArgument = Annotated[Path, typer.Argument(help="The study file (TOML).", show_default=False)]
 RunArgument = Annotated[Path, typer.Argument(help="The run folder.", show_default=False)]
 DataOption = Annotated[Path, typer.Option("--data", help="The folder that holds the data files.")]
+DATA_HOME = Path(os.environ.get("CONSILIUM_DATA", "."))
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Replaces the study's seed.")]
 ReplaceOption = Annotated[bool, typer.Option("--replace", help="Start over in a used folder.")]
@@ -56,12 +65,16 @@ def _root(
     epilog="Example: consilium simulate deploy/examples/heart.toml --data FOLDER --run runs/heart",
 )
 def simulate(
-    context: typer.Context, study: StudyArgument, data: DataOption = Path(),
+    context: typer.Context,
+    study: StudyArgument,
+    data: DataOption = Path(),
     run: Annotated[Path | None, typer.Option(help="Results folder; runs/NAME if left out.")] = None,
     seed: SeedOption = None,
-    noise_seed: Annotated[int | None, typer.Option(
-        help="Repeatable test noise in place of secret noise: NO privacy.")] = None,
-    replace: ReplaceOption = False, as_json: JsonOption = False,
+    noise_seed: Annotated[
+        int | None, typer.Option(help="Repeatable test noise in place of secret noise: NO privacy.")
+    ] = None,
+    replace: ReplaceOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Run a study with all its hospitals on this machine."""
     from simulations.display import live_progress
@@ -71,8 +84,15 @@ def simulate(
     path = run or Path("runs") / loaded.name
     _announce(loaded, path, quiet=as_json)
     with live_progress(quiet=as_json) as watch:
-        folder = run_study(loaded, path, data, watch, noise_seed=noise_seed, replace=replace,
-                           debug=context.obj["debug"])
+        folder = run_study(
+            loaded,
+            path,
+            data,
+            watch,
+            noise_seed=noise_seed,
+            replace=replace,
+            debug=context.obj["debug"],
+        )
     _show_run(folder.path, as_json)
 
 
@@ -92,23 +112,29 @@ def resume(context: typer.Context, run: RunArgument, as_json: JsonOption = False
     epilog="Example: consilium split deploy/examples/heart.toml --data FOLDER --to hospitals/",
 )
 def split(
-    study: StudyArgument, to: Annotated[Path, typer.Option(help="The folder to make.")],
-    data: DataOption = Path(), seed: SeedOption = None, as_json: JsonOption = False,
+    study: StudyArgument,
+    to: Annotated[Path, typer.Option(help="The folder to make.")],
+    data: DataOption = Path(),
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Lay a study's hospitals out as folders, for `flwr run` or real daemons."""
     from simulations.hospitals import build_world, declared, write_world
 
     world = build_world(_load(study, seed), data)
     write_world(world, to)
-    _emit(as_json, {"folder": str(to), "hospitals": {s.name: declared(s.table)
-                                                      for s in world.sites}},
-          f"{len(world.sites)} hospitals below {to}/hospitals")
+    _emit(
+        as_json,
+        {"folder": str(to), "hospitals": {s.name: declared(s.table) for s in world.sites}},
+        f"{len(world.sites)} hospitals below {to}/hospitals",
+    )
 
 
 @app.command(rich_help_panel="Researcher", epilog="Example: consilium bench accuracy --json")
 def bench(
     name: Annotated[str, typer.Argument(help="Which benchmark.", show_default=False)],
-    data: DataOption = Path(os.environ.get("CONSILIUM_DATA", ".")), as_json: JsonOption = False,
+    data: DataOption = DATA_HOME,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure, and print the figures."""
     from simulations.bench import BENCHES
@@ -131,7 +157,9 @@ def study_check(study: StudyArgument, as_json: JsonOption = False) -> None:
 @data_app.command(
     "check", epilog="Example: consilium data check deploy/examples/heart.toml --data FOLDER"
 )
-def data_check(study: StudyArgument, data: DataOption = Path(), as_json: JsonOption = False) -> None:
+def data_check(
+    study: StudyArgument, data: DataOption = Path(), as_json: JsonOption = False
+) -> None:
     """Report missing, out-of-range and unmapped values at each hospital."""
     from simulations.describe import check_data, data_tables
 

@@ -22,8 +22,10 @@ def promise(study: Study) -> str:
     privacy = study.privacy
     if privacy.trust is Trust.NONE:
         return "no privacy (comparison on public data only)"
-    return (f"ε = {privacy.epsilon:g}, δ = {privacy.delta:g} per {privacy.unit.value}, "
-            f"{privacy.trust.value} trust")
+    return (
+        f"ε = {privacy.epsilon:g}, δ = {privacy.delta:g} per {privacy.unit.value}, "
+        f"{privacy.trust.value} trust"
+    )
 
 
 def describe(study: Study) -> dict[str, Any]:
@@ -44,8 +46,12 @@ def describe(study: Study) -> dict[str, Any]:
         "student_parameters": student,
         "ratio": teacher / student,
         "stages": [
-            {"stage": one.stage, "rounds": one.rounds, "steps_per_round": one.steps_per_round,
-             "epsilon_after": budget.spent(one.stage, one.rounds)}
+            {
+                "stage": one.stage,
+                "rounds": one.rounds,
+                "steps_per_round": one.steps_per_round,
+                "epsilon_after": budget.spent(one.stage, one.rounds),
+            }
             for one in budget.charges
         ],
     }
@@ -64,8 +70,9 @@ def describe_lines(facts: dict[str, Any]) -> list[str]:
     for one in facts["stages"]:
         after = one["epsilon_after"]
         cost = "no guarantee" if after is None else f"ε {after:.3f} afterwards"
-        lines.append(f"  {one['stage']:<9} {one['rounds']} rounds × {one['steps_per_round']} "
-                     f"steps, {cost}")
+        lines.append(
+            f"  {one['stage']:<9} {one['rounds']} rounds × {one['steps_per_round']} steps, {cost}"
+        )
     if facts["ratio"] < 10:
         lines.append("  note: a student at least ten times smaller than its teacher is usual")
     return lines
@@ -93,7 +100,7 @@ def data_tables(reports: dict[str, Any]) -> list[Any]:
     for name, report in reports.items():
         table = RichTable(
             title=f"{name}: {report['rows']} rows, {report['patients']} patients, "
-                  f"{report['unlabelled']} without a known label"
+            f"{report['unlabelled']} without a known label"
         )
         table.add_column("column")
         for heading in ("missing", "out of range", "unmapped"):
@@ -101,10 +108,7 @@ def data_tables(reports: dict[str, Any]) -> list[Any]:
         for column in report["columns"]:
             counts = (column["missing"], column["out_of_range"], column["unmapped"])
             if any(counts):
-                table.add_row(column["name"], *(str(count) if count else "·"
-                                                for count in counts))
+                table.add_row(column["name"], *(str(count) if count else "·" for count in counts))
         shown.append(table if table.row_count else f"{name}: {report['rows']} rows, all in order")
         shown += [f"  {problem}" for problem in report["problems"]]
     return shown
-
-

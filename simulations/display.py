@@ -36,7 +36,8 @@ def live_progress(*, quiet: bool = False) -> Iterator[Callable[[Progress], None]
         yield _print_line
         return
     columns = (
-        TextColumn("{task.description:<18}"), BarColumn(bar_width=24),
+        TextColumn("{task.description:<18}"),
+        BarColumn(bar_width=24),
         TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
         TextColumn("{task.fields[facts]}"),
     )
@@ -56,8 +57,9 @@ def _print_line(progress: Progress) -> None:
     every = max(1, progress.rounds // 10)
     if progress.round % every and progress.round != progress.rounds:
         return
-    line = (f"{_STAGES[progress.stage]}: round {progress.round}/{progress.rounds}"
-            f"  {_facts(progress)}")
+    line = (
+        f"{_STAGES[progress.stage]}: round {progress.round}/{progress.rounds}  {_facts(progress)}"
+    )
     print(line.rstrip(), file=sys.stderr, flush=True)
 
 
@@ -80,9 +82,15 @@ def _duration(seconds: float) -> str:
 def run_table(summary: dict[str, Any]) -> Table:
     """One row per hospital, then all together."""
     table = Table(title=f"{summary['study']}: test patients, exact scores (simulation only)")
-    table.add_column("hospital")
-    for heading in ("trains on ≈", "tests on", "teacher AUC", "student AUC",
-                    "teacher acc.", "student acc."):
+    table.add_column("hospital", no_wrap=True)
+    for heading in (
+        "train ≈",
+        "test",
+        "teacher AUC",
+        "student AUC",
+        "teacher acc.",
+        "student acc.",
+    ):
         table.add_column(heading, justify="right")
     for row in summary["hospitals"]:
         table.add_row(*_cells(row))
@@ -93,9 +101,13 @@ def run_table(summary: dict[str, Any]) -> Table:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     return [
-        row["hospital"], str(row["declared_patients"]), str(row["test_patients"]),
-        *(figure(row[key]) for key in
-          ("teacher_auc", "student_auc", "teacher_accuracy", "student_accuracy")),
+        row["hospital"],
+        str(row["declared_patients"]),
+        str(row["test_patients"]),
+        *(
+            figure(row[key])
+            for key in ("teacher_auc", "student_auc", "teacher_accuracy", "student_accuracy")
+        ),
     ]
 
 
@@ -107,15 +119,23 @@ def figure(value: float | None) -> str:
 def closing_lines(summary: dict[str, Any]) -> list[str]:
     """What a reader needs to know under the table."""
     ratio = summary["teacher_parameters"] / summary["student_parameters"]
-    lines = [f"Student: {summary['student_parameters']:,} parameters, {ratio:.0f} times smaller "
-             f"than its teacher."]
+    lines = [
+        f"Student: {summary['student_parameters']:,} parameters, {ratio:.0f} times smaller "
+        f"than its teacher."
+    ]
     if summary["guaranteed"]:
-        lines.append(f"Privacy: every hospital's releases are (ε = {summary['epsilon']:.2f}, "
-                     f"δ = {summary['delta']:g})-private for each of its patients.")
+        lines.append(
+            f"Privacy: every hospital's releases are (ε = {summary['epsilon']:.2f}, "
+            f"δ = {summary['delta']:g})-private for each of its patients."
+        )
     else:
         lines.append("Privacy: NONE is guaranteed for this run; see PRIVACY.md for why.")
     if summary["released"]:
-        lines.append(f"A coordinator of real hospitals would have seen, from noised histograms: "
-                     f"AUC {figure(summary['released']['auc'])}, "
-                     f"accuracy {figure(summary['released']['accuracy'])}.")
+        shown = ", ".join(
+            f"{name} {figure(mean)} ({figure(low)} to {figure(high)})"
+            for name, (mean, low, high) in sorted(summary["released"].items(), reverse=True)
+        )
+        lines.append(
+            f"A coordinator of real hospitals would know, from noised histograms: {shown}."
+        )
     return lines

@@ -50,7 +50,8 @@ def score(
     task = task_named(study.task)
     return [
         Scores(
-            hospital.name, hospital.test.labels,
+            hospital.name,
+            hospital.test.labels,
             task.probabilities(answer(model, features.encode(hospital.test))).double().numpy(),
         )
         for hospital in hospitals
@@ -60,7 +61,8 @@ def score(
 def together(scores: Sequence[Scores]) -> Scores:
     """All hospitals' test records as one set."""
     return Scores(
-        "all", np.concatenate([one.labels for one in scores]),
+        "all",
+        np.concatenate([one.labels for one in scores]),
         np.concatenate([one.probabilities for one in scores]),
     )
 

@@ -43,7 +43,11 @@ class InProcessGrid(Grid):
         return self._run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str,
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
         ttl: float | None = None,
     ) -> Message:
         """A new message; Flower prefers the constructor itself."""
@@ -80,7 +84,10 @@ class InProcessGrid(Grid):
         return []
 
     def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None  # noqa: ARG002
+        self,
+        messages: Iterable[Message],
+        *,
+        timeout: float | None = None,  # noqa: ARG002
     ) -> Iterable[Message]:
         """All replies at once."""
         waiting = set(self.push_messages(messages))
@@ -109,4 +116,3 @@ def one_by_one(handle: Callable[[Message], Message], *, debug: bool = False) -> 
             yield reply
 
     return run
-

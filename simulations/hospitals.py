@@ -57,7 +57,7 @@ def build_world(study: Study, data_folder: Path) -> World:
         corpus, tables = _set_apart(study, tables, generator)
         sites = tuple(Site(name, table) for name, table in zip(names, tables, strict=True))
     else:
-        assert spec.source is not None and spec.hospitals is not None  # noqa: S101, PT018
+        assert spec.source is not None and spec.hospitals is not None  # noqa: S101
         whole = read_table(spec.source, study.dictionary, data_folder)
         corpus, (rest,) = _set_apart(study, [whole], generator)
         parts = _partition(rest, spec, spec.hospitals, generator, study.evaluation.folds)
@@ -77,13 +77,17 @@ def open_world(world: World, noise_of: Mapping[str, NoiseSource]) -> list[Hospit
     study = world.study
     hospitals = []
     for site in world.sites:
-        train, test = split_patients(
-            site.table, study.evaluation, seed=study.seed, name=site.name
+        train, test = split_patients(site.table, study.evaluation, seed=study.seed, name=site.name)
+        hospitals.append(
+            Hospital(
+                name=site.name,
+                study=study,
+                train=train,
+                test=test,
+                declared_patients=declared(train),
+                noise=noise_of[site.name],
+            )
         )
-        hospitals.append(Hospital(
-            name=site.name, study=study, train=train, test=test,
-            declared_patients=declared(train), noise=noise_of[site.name],
-        ))
     return hospitals
 
 
@@ -91,9 +95,12 @@ def pooled(hospitals: list[Hospital]) -> Hospital:
     """All hospitals' training patients under one roof, for comparison."""
     train = concatenate([hospital.train for hospital in hospitals])
     return Hospital(
-        name="pooled", study=hospitals[0].study, train=train,
+        name="pooled",
+        study=hospitals[0].study,
+        train=train,
         test=concatenate([hospital.test for hospital in hospitals]),
-        declared_patients=declared(train), noise=hospitals[0].noise,
+        declared_patients=declared(train),
+        noise=hospitals[0].noise,
     )
 
 
@@ -135,12 +142,17 @@ def write_world(world: World, folder: Path) -> None:
         home = folder / "hospitals" / site.name
         source = _write_table(site.table, home)
         train, _ = split_patients(site.table, study.evaluation, seed=study.seed, name=site.name)
-        (home / "hospital.toml").write_text(tomli_w.dumps({
-            "name": site.name,
-            "study": "../../study.toml",
-            "declared_patients": declared(train),
-            "source": source,
-        }), encoding="utf-8")
+        (home / "hospital.toml").write_text(
+            tomli_w.dumps(
+                {
+                    "name": site.name,
+                    "study": "../../study.toml",
+                    "declared_patients": declared(train),
+                    "source": source,
+                }
+            ),
+            encoding="utf-8",
+        )
 
 
 def _set_apart(
@@ -158,13 +170,21 @@ def _set_apart(
         chosen.append(table.take(np.flatnonzero(mask)))
         remaining.append(table.take(np.flatnonzero(~mask)))
     corpus = concatenate(chosen)
-    unlabelled = Table(corpus.dictionary, corpus.values, np.full_like(corpus.labels, -1),
-                       corpus.patients, corpus.report)
+    unlabelled = Table(
+        corpus.dictionary,
+        corpus.values,
+        np.full_like(corpus.labels, -1),
+        corpus.patients,
+        corpus.report,
+    )
     return unlabelled, remaining
 
 
 def _partition(
-    table: Table, spec: SimulationSpec, hospitals: int, generator: np.random.Generator,
+    table: Table,
+    spec: SimulationSpec,
+    hospitals: int,
+    generator: np.random.Generator,
     at_least: int,
 ) -> list[NDArray[np.int64]]:
     """Rows of each hospital; whole patients, at least ``at_least`` of them everywhere."""
@@ -191,8 +211,13 @@ def _partition(
 
 
 def _by_label(
-    table: Table, owners: NDArray[Any], order: NDArray[Any], spec: SimulationSpec, hospitals: int,
-    generator: np.random.Generator, at_least: int,
+    table: Table,
+    owners: NDArray[Any],
+    order: NDArray[Any],
+    spec: SimulationSpec,
+    hospitals: int,
+    generator: np.random.Generator,
+    at_least: int,
 ) -> NDArray[np.int64]:
     """Each class is dealt out by its own Dirichlet draw (Hsu, Qi & Brown 2019)."""
     label = np.zeros(len(order), dtype=np.int64)
@@ -222,10 +247,14 @@ def _write_table(table: Table, folder: Path) -> dict[str, Any]:
     dictionary = table.dictionary
     if dictionary.image_shape is not None:
         column = dictionary.columns[0].name
-        labels = np.array([str(dictionary.label.classes[one][0]) if one >= 0 else ""
-                           for one in table.labels])
-        arrays = {column: table.values[column], dictionary.label.name: labels,
-                  "patient": table.patients.astype(str)}
+        labels = np.array(
+            [str(dictionary.label.classes[one][0]) if one >= 0 else "" for one in table.labels]
+        )
+        arrays: dict[str, Any] = {
+            column: table.values[column],
+            dictionary.label.name: labels,
+            "patient": table.patients.astype(str),
+        }
         np.savez_compressed(folder / "records.npz", **arrays)
         return {"kind": "npz", "path": "records.npz"}
     names = [column.name for column in dictionary.columns]
@@ -233,8 +262,7 @@ def _write_table(table: Table, folder: Path) -> dict[str, Any]:
         writer = csv.writer(handle)
         writer.writerow([*names, dictionary.label.name, dictionary.patient_id or "patient"])
         for row in range(len(table)):
-            cells = [_cell(column, table.values[column.name][row])
-                     for column in dictionary.columns]
+            cells = [_cell(column, table.values[column.name][row]) for column in dictionary.columns]
             label = table.labels[row]
             outcome = dictionary.label.classes[label][0] if label >= 0 else ""
             writer.writerow([*cells, outcome, table.patients[row]])
@@ -253,4 +281,4 @@ def _key(stream: Stream) -> bytes:
 
 def _words(seed: int, purpose: str) -> list[int]:
     digest = hashlib.sha256(f"{seed}|{purpose}".encode()).digest()
-    return [int.from_bytes(digest[start:start + 4], "big") for start in range(0, 16, 4)]
+    return [int.from_bytes(digest[start : start + 4], "big") for start in range(0, 16, 4)]

@@ -25,8 +25,13 @@ Watch = Callable[[Progress], None]
 
 
 def run_in_process(
-    study: Study, run: RunFolder, hospitals: list[Hospital], corpus: Table | None, watch: Watch,
-    *, debug: bool = False,
+    study: Study,
+    run: RunFolder,
+    hospitals: list[Hospital],
+    corpus: Table | None,
+    watch: Watch,
+    *,
+    debug: bool = False,
 ) -> None:
     """Conduct ``study`` over ``hospitals`` through the same two apps a deployment runs."""
     client_app = build_client_app(lambda context: hospitals[context.node_id - 1])
@@ -40,8 +45,14 @@ def run_in_process(
 
 
 def simulate(
-    study: Study, path: Path, data_folder: Path, watch: Watch, *, noise_seed: int | None = None,
-    replace: bool = False, debug: bool = False,
+    study: Study,
+    path: Path,
+    data_folder: Path,
+    watch: Watch,
+    *,
+    noise_seed: int | None = None,
+    replace: bool = False,
+    debug: bool = False,
 ) -> RunFolder:
     """A new run of ``study`` in the folder ``path``.
 
@@ -52,9 +63,13 @@ def simulate(
     if replace and (path / "study.toml").is_file():
         shutil.rmtree(path)
     run = RunFolder.create(path, study)
-    run.write_json("simulation.json", {
-        "data_folder": str(data_folder.resolve()), "noise_seed": noise_seed,
-    })
+    run.write_json(
+        "simulation.json",
+        {
+            "data_folder": str(data_folder.resolve()),
+            "noise_seed": noise_seed,
+        },
+    )
     noise = _noise(run, [site.name for site in world.sites], noise_seed)
     run_in_process(study, run, open_world(world, noise), world.corpus, watch, debug=debug)
     return run
@@ -77,8 +92,9 @@ def load_hospitals(path: Path) -> tuple[Study, list[Hospital]]:
     run, study = RunFolder.open(path)
     settings = run.read_json("simulation.json")
     world = build_world(study, Path(settings["data_folder"]))
-    return study, open_world(world, _noise(run, [one.name for one in world.sites],
-                                           settings["noise_seed"]))
+    return study, open_world(
+        world, _noise(run, [one.name for one in world.sites], settings["noise_seed"])
+    )
 
 
 def _noise(run: RunFolder, names: list[str], noise_seed: int | None) -> dict[str, NoiseSource]:

@@ -7,7 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from common.learning.metrics import accuracy_from_histogram, auc_from_histogram
+from common.learning.evaluate import evaluation_noise
+from common.learning.metrics import (
+    accuracy_from_histogram,
+    auc_from_histogram,
+    noise_interval,
+)
+from common.privacy.units import Trust
+from common.study import Study
 from server.store import RunFolder
 from simulations.evaluation import Scores, finished_models, score, together
 from simulations.simulate import load_hospitals
@@ -38,7 +45,7 @@ def summarise(run: RunFolder) -> dict[str, Any]:
             for one, two, hospital in zip(taught, learned, hospitals, strict=True)
         ],
         "mean_accuracy": float(np.mean([one.accuracy for one in learned])),
-        "released": released(result["evaluation"]),
+        "released": released(study, result["evaluation"]),
     }
     summary["all"]["declared_patients"] = sum(one.declared_patients for one in hospitals)
     summary["all"]["test_patients"] = sum(len(set(one.test.patients)) for one in hospitals)
@@ -46,14 +53,23 @@ def summarise(run: RunFolder) -> dict[str, Any]:
     return summary
 
 
-def released(histograms: dict[str, Any]) -> dict[str, float | None] | None:
-    """AUC and accuracy from the sum of the released histograms; None without any."""
+def released(study: Study, histograms: dict[str, Any]) -> dict[str, Any] | None:
+    """AUC and accuracy from the sum of the released histograms, each as [mean, low, high].
+
+    None without any. The interval covers the noise alone, not the chance of who was tested.
+    """
     if not histograms:
         return None
     total = np.sum([np.array(one) for one in histograms.values()], axis=0)
+    private = study.privacy.trust is not Trust.NONE
+    noise_std = evaluation_noise(study) * math.sqrt(len(histograms)) if private else 0.0
+    figures: dict[str, Any] = {
+        "accuracy": noise_interval(total, noise_std, accuracy_from_histogram)
+    }
+    if len(total) == 2:
+        figures["auc"] = noise_interval(total, noise_std, auc_from_histogram)
     return {
-        "auc": _known(auc_from_histogram(total)) if len(total) == 2 else None,
-        "accuracy": _known(accuracy_from_histogram(total)),
+        name: [_known(one.mean), _known(one.low), _known(one.high)] for name, one in figures.items()
     }
 
 

@@ -70,8 +70,11 @@ def records_from_dictionary(
     plausible range, categories uniformly, optional columns absent half of the time."""
     columns: list[Tensor] = []
     for column in dictionary.columns:
-        absent = torch.rand(rows, 1, generator=generator) < 0.5 if column.optional \
+        absent = (
+            torch.rand(rows, 1, generator=generator) < 0.5
+            if column.optional
             else torch.zeros(rows, 1, dtype=torch.bool)
+        )
         if column.kind == "numeric":
             block = torch.randn(rows, 1, generator=generator).clamp(-2, 2)
         elif column.kind == "binary":

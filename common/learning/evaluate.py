@@ -30,20 +30,22 @@ def evaluation_noise(study: Study) -> float:
         raise ValueError("this study grants evaluation no budget")
     return calibrate(
         lambda noise: [GaussianEvent(noise_multiplier=noise)],
-        epsilon=study.evaluation.epsilon, delta=study.privacy.delta,
+        epsilon=study.evaluation.epsilon,
+        delta=study.privacy.delta,
         relation=study.privacy.relation,
     )
 
 
 def charged_histogram(
-    study: Study, labels: NDArray[np.int64], probabilities: Floats, owners: NDArray[np.int64],
+    study: Study,
+    labels: NDArray[np.int64],
+    probabilities: Floats,
+    owners: NDArray[np.int64],
     stream: Stream,
 ) -> Tensor:
     """Noised counts [classes, bins] of test patients by label and score."""
     classes = probabilities.shape[1]
-    each = torch.from_numpy(
-        score_histogram(labels, probabilities, owners, study.evaluation.bins)
-    )
+    each = torch.from_numpy(score_histogram(labels, probabilities, owners, study.evaluation.bins))
     if study.privacy.trust is Trust.NONE:
         total = each.sum(dim=0)
     else:

@@ -1,4 +1,4 @@
-"""Where gradients come from: Opacus per record for private steps, plain autograd for public ones."""
+"""Where gradients come from: Opacus per record for private steps, autograd for public ones."""
 
 from __future__ import annotations
 
@@ -44,9 +44,11 @@ class PerRecordGradients:
         set_vector(self.model, weights)
         parameters = trainable(self.model)
         with _no_input_gradient_warning():
-            self.loss(self._hooked(inputs), targets).sum().backward()
-        each = [parameter.grad_sample.reshape(len(inputs), -1)  # type: ignore[attr-defined]
-                for parameter in parameters]
+            torch.autograd.backward(self.loss(self._hooked(inputs), targets).sum())
+        each = [
+            parameter.grad_sample.reshape(len(inputs), -1)  # type: ignore[attr-defined]
+            for parameter in parameters
+        ]
         for parameter in parameters:
             parameter.grad = None
             parameter.grad_sample = None  # type: ignore[attr-defined]
@@ -62,7 +64,11 @@ def _no_input_gradient_warning() -> Iterator[None]:
 
 
 def private_gradient(
-    each: PerRecordGradients, records: Records, plan: StepPlan, *, expected_units: float,
+    each: PerRecordGradients,
+    records: Records,
+    plan: StepPlan,
+    *,
+    expected_units: float,
     stream: Stream,
 ) -> Gradient:
     """The noised mean gradient of one Poisson sample per call.
@@ -84,7 +90,12 @@ def private_gradient(
 
 
 def plain_gradient(
-    model: nn.Module, loss: Loss, records: Records, plan: StepPlan, *, expected_units: float,
+    model: nn.Module,
+    loss: Loss,
+    records: Records,
+    plan: StepPlan,
+    *,
+    expected_units: float,
     stream: Stream,
 ) -> Gradient:
     """The same mean over the same samples, neither clipped nor noised: for the comparison only."""
@@ -96,9 +107,12 @@ def plain_gradient(
         rows, owners = records.rows_of(units, plan.records_per_unit, stream)
         share = 1.0 / torch.bincount(owners)[owners].float()
         return _backward(
-            model, weights,
-            lambda: (loss(model(records.inputs[rows]), records.targets[rows]) * share).sum()
-            / expected_units,
+            model,
+            weights,
+            lambda: (
+                (loss(model(records.inputs[rows]), records.targets[rows]) * share).sum()
+                / expected_units
+            ),
         )
 
     return gradient

@@ -40,8 +40,12 @@ def step(
     """One step. ``total_steps`` is the length of the stage, for the schedule."""
     rate = learning_rate_at(spec, state.step, total_steps) * state.plateau.scale
     weights, moments = update(
-        spec, state.moments, state.weights, gradient(state.weights),
-        step=state.step - first_step, learning_rate=rate,
+        spec,
+        state.moments,
+        state.weights,
+        gradient(state.weights),
+        step=state.step - first_step,
+        learning_rate=rate,
     )
     return LoopState(step=state.step + 1, weights=weights, moments=moments, plateau=state.plateau)
 
@@ -65,13 +69,16 @@ def run(
         raise ValueError("a plateau schedule needs a public loss to watch")
     state = init(weights, first_step=first_step)
     for _ in range(steps):
-        state = step(
-            state, gradient, spec, first_step=first_step, total_steps=total_steps or steps
-        )
-        if watch is not None and spec.schedule == "plateau" \
-                and state.step % _PLATEAU_CHECK_EVERY == 0:
+        state = step(state, gradient, spec, first_step=first_step, total_steps=total_steps or steps)
+        if (
+            watch is not None
+            and spec.schedule == "plateau"
+            and state.step % _PLATEAU_CHECK_EVERY == 0
+        ):
             state = LoopState(
-                step=state.step, weights=state.weights, moments=state.moments,
+                step=state.step,
+                weights=state.weights,
+                moments=state.moments,
                 plateau=state.plateau.seen(watch(state.weights)),
             )
     return state.weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,24 +83,44 @@ def score_histogram(
 def auc_from_histogram(histogram: Floats) -> float:
     """AUC from (noised) counts [2, bins] by score; ties within a bin count one half.
 
-    Negative counts, which noise makes, are read as zero.
+    Negative counts, which noise makes, are kept: the noise of the two rows is independent, so
+    that it cancels on average in the products; the result is held within [0, 1].
     """
-    counts = np.clip(histogram, 0, None)
-    negatives, positives = counts
+    negatives, positives = histogram
     if negatives.sum() <= 0 or positives.sum() <= 0:
         return math.nan
     below = np.cumsum(negatives) - negatives
     wins = (positives * (below + negatives / 2)).sum()
-    return float(wins / (positives.sum() * negatives.sum()))
+    return float(np.clip(wins / (positives.sum() * negatives.sum()), 0, 1))
 
 
 def accuracy_from_histogram(histogram: Floats) -> float:
     """Accuracy from (noised) counts [classes, bins]; two classes split at probability one half."""
-    counts = np.clip(histogram, 0, None)
-    total = counts.sum()
+    total = histogram.sum()
     if total <= 0:
         return math.nan
-    if len(counts) == 2:
-        middle = counts.shape[1] // 2
-        return float((counts[0, :middle].sum() + counts[1, middle:].sum()) / total)
-    return float(np.trace(counts) / total)
+    if len(histogram) == 2:
+        middle = histogram.shape[1] // 2
+        right = histogram[0, :middle].sum() + histogram[1, middle:].sum()
+    else:
+        right = np.trace(histogram)
+    return float(np.clip(right / total, 0, 1))
+
+
+def noise_interval(
+    histogram: Floats, noise_std: float, figure: Callable[[Floats], float]
+) -> Interval:
+    """``figure`` of a noised histogram, with the 95 % interval that its noise alone explains.
+
+    A parametric bootstrap: the same noise is added again, many times. Post-processing, so free.
+    """
+    generator = np.random.default_rng(0)
+    again = [
+        figure(histogram + generator.normal(0, noise_std, histogram.shape)) for _ in range(400)
+    ]
+    known = [value for value in again if not math.isnan(value)]
+    mean = figure(histogram)
+    if math.isnan(mean) or not known:
+        return Interval(mean, math.nan, math.nan, 0)
+    half = 1.96 * float(np.std(known))
+    return Interval(mean, max(0.0, mean - half), min(1.0, mean + half), 1)

@@ -27,7 +27,12 @@ class Moments:
 
 
 def update(
-    spec: OptimiserSpec, moments: Moments, weights: Tensor, gradient: Tensor, *, step: int,
+    spec: OptimiserSpec,
+    moments: Moments,
+    weights: Tensor,
+    gradient: Tensor,
+    *,
+    step: int,
     learning_rate: float,
 ) -> tuple[Tensor, Moments]:
     """New weights [d] and moments after one step down ``gradient`` [d]. ``step`` counts from 0.

@@ -45,8 +45,12 @@ def pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tenso
             return float(_hidden_error(pair, watched, watched_mask))
 
     start = get_vector(pair)
-    weights = start if spec.steps == 0 else run(
-        start, batch_gradient(pair, objective), spec.optimiser, steps=spec.steps, watch=watch
+    weights = (
+        start
+        if spec.steps == 0
+        else run(
+            start, batch_gradient(pair, objective), spec.optimiser, steps=spec.steps, watch=watch
+        )
     )
     return watch(weights)
 
@@ -64,13 +68,14 @@ def mask_for(
             mask[:, group] = hidden[:, index, None]
         return mask
     height, width = features.image_shape
-    patches = torch.rand(rows, 1, -(-height // _PATCH), -(-width // _PATCH),
-                         generator=generator) < rate
+    patches = (
+        torch.rand(rows, 1, -(-height // _PATCH), -(-width // _PATCH), generator=generator) < rate
+    )
     grown = patches.repeat_interleave(_PATCH, 2).repeat_interleave(_PATCH, 3)
     return grown[:, :, :height, :width]
 
 
 def _hidden_error(pair: nn.Module, batch: Tensor, mask: Tensor) -> Tensor:
     """Mean squared error on the hidden inputs."""
-    guessed = pair(batch.masked_fill(mask, 0.0)).view_as(batch)
+    guessed: Tensor = pair(batch.masked_fill(mask, 0.0)).view_as(batch)
     return ((guessed - batch)[mask]).square().mean() if mask.any() else guessed.sum() * 0.0

@@ -49,8 +49,10 @@ def table_encoder(width: int, hidden: tuple[int, ...]) -> nn.Sequential:
     """
     layers: list[nn.Module] = []
     for size in hidden:
-        layers += [nn.Linear(width, size), nn.GELU() if len(layers) < 2 * len(hidden) - 2
-                   else nn.Tanh()]
+        layers += [
+            nn.Linear(width, size),
+            nn.GELU() if len(layers) < 2 * len(hidden) - 2 else nn.Tanh(),
+        ]
         width = size
     return nn.Sequential(*layers)
 
@@ -75,9 +77,7 @@ def image_encoder(shape: tuple[int, int], hidden: tuple[int, ...]) -> nn.Sequent
     """
     *channels, code = hidden
     cells = _cells(shape, len(channels)) * (channels[-1] if channels else 1)
-    return nn.Sequential(
-        *_stages(tuple(channels)), nn.Flatten(), nn.Linear(cells, code), nn.Tanh()
-    )
+    return nn.Sequential(*_stages(tuple(channels)), nn.Flatten(), nn.Linear(cells, code), nn.Tanh())
 
 
 def image_student(shape: tuple[int, int], hidden: tuple[int, ...], outputs: int) -> Student:

@@ -131,9 +131,7 @@ def calibrate(
 def check_delta(delta: float) -> None:
     """Refuse a δ that is no probability of failure."""
     if not 0 < delta < 1:
-        raise PrivacyError(
-            f"δ: expected a number in (0, 1), far below 1 / patients, found {delta}"
-        )
+        raise PrivacyError(f"δ: expected a number in (0, 1), far below 1 / patients, found {delta}")
 
 
 def _merged(events: Sequence[Event]) -> tuple[GaussianEvent, ...]:

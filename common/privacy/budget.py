@@ -76,7 +76,9 @@ def budget_of(study: Study) -> Budget:
     """
     numeric = sum(column.kind == "numeric" for column in study.dictionary.columns)
     return _budget(
-        study.privacy, study.finetune, study.distill,
+        study.privacy,
+        study.finetune,
+        study.distill,
         numeric if study.scaling == "private" else None,
     )
 
@@ -99,39 +101,62 @@ def _budget(
     if scaled_columns is not None:
         # A record's three bounded numbers per column: value, square, presence; each at most 1.
         bound = math.sqrt(3 * max(1, scaled_columns))
-        charges.append(Charge(
-            stage="statistics", rounds=1, steps_per_round=1,
-            plan=replace(blank, clip_norm=bound)))
-    charges.append(Charge(
-        stage="finetune", rounds=finetune.rounds, steps_per_round=finetune.local_steps,
-        plan=replace(blank, sampling_rate=finetune.sampling_rate)))
+        charges.append(
+            Charge(
+                stage="statistics",
+                rounds=1,
+                steps_per_round=1,
+                plan=replace(blank, clip_norm=bound),
+            )
+        )
+    charges.append(
+        Charge(
+            stage="finetune",
+            rounds=finetune.rounds,
+            steps_per_round=finetune.local_steps,
+            plan=replace(blank, sampling_rate=finetune.sampling_rate),
+        )
+    )
     if distill.on == "patients":
-        charges.append(Charge(
-            stage="distill", rounds=distill.rounds, steps_per_round=distill.local_steps,
-            plan=replace(blank, sampling_rate=distill.sampling_rate)))
+        charges.append(
+            Charge(
+                stage="distill",
+                rounds=distill.rounds,
+                steps_per_round=distill.local_steps,
+                plan=replace(blank, sampling_rate=distill.sampling_rate),
+            )
+        )
     if not private:
         return Budget(charges=tuple(charges), relation=privacy.relation, epsilon=None, delta=None)
 
     share = privacy.statistics_share
     # Squared signal-to-noise of the training stages at noise multiplier 1; small rates add ~ q².
-    training = sum(one.rounds * one.steps_per_round * one.plan.sampling_rate**2
-                   for one in charges if one.stage != "statistics")
+    training = sum(
+        one.rounds * one.steps_per_round * one.plan.sampling_rate**2
+        for one in charges
+        if one.stage != "statistics"
+    )
 
     def at(noise_multiplier: float) -> tuple[Charge, ...]:
         statistics = noise_multiplier / math.sqrt(training * share / (1 - share))
         return tuple(
-            replace(one, plan=replace(
-                one.plan,
-                noise_multiplier=statistics if one.stage == "statistics" else noise_multiplier))
+            replace(
+                one,
+                plan=replace(
+                    one.plan,
+                    noise_multiplier=statistics if one.stage == "statistics" else noise_multiplier,
+                ),
+            )
             for one in charges
         )
 
     def events_at(noise_multiplier: float) -> list[GaussianEvent]:
         return [event for one in at(noise_multiplier) for event in one.events()]
 
-    assert privacy.epsilon is not None and privacy.delta is not None  # noqa: S101, PT018
+    assert privacy.epsilon is not None and privacy.delta is not None  # noqa: S101
     noise = calibrate(
         events_at, epsilon=privacy.epsilon, delta=privacy.delta, relation=privacy.relation
     )
-    return Budget(charges=at(noise), relation=privacy.relation,
-                  epsilon=privacy.epsilon, delta=privacy.delta)
+    return Budget(
+        charges=at(noise), relation=privacy.relation, epsilon=privacy.epsilon, delta=privacy.delta
+    )

@@ -17,7 +17,10 @@ class Task(Protocol):
     Losses are per record, never averaged: privacy clips each patient before any sum.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The name a study file uses."""
+        ...
 
     def outputs(self, dictionary: Dictionary) -> int:
         """Width of a model's answer."""

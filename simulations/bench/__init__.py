@@ -7,5 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from simulations.bench.accuracy import accuracy
+from simulations.bench.pretraining import pretraining
 
-BENCHES: dict[str, Callable[[Path], dict[str, Any]]] = {"accuracy": accuracy}
+BENCHES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "accuracy": accuracy,
+    "pretraining": pretraining,
+}

@@ -18,30 +18,36 @@ from simulations.simulate import run_in_process
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "deploy" / "examples"
 SEEDS = (0, 1, 2, 3, 4)
-_NON_PRIVATE = {"privacy__trust": "none", "privacy__epsilon": None, "privacy__delta": None}
+_NON_PRIVATE: dict[str, Any] = {
+    "privacy__trust": "none",
+    "privacy__epsilon": None,
+    "privacy__delta": None,
+}
 
 
 def accuracy(data_folder: Path) -> dict[str, Any]:
     """The bars' figures: ``wisconsin`` always, ``heart`` where its files are found."""
-    figures: dict[str, Any] = {"wisconsin": wisconsin()}
-    folder = heart_folder(data_folder)
-    figures["heart"] = heart(folder) if folder else None
-    return figures
+    folder = find_folder(data_folder, "heart", "processed.cleveland.data")
+    return {"wisconsin": wisconsin(), "heart": heart(folder) if folder else None}
 
 
 def wisconsin() -> dict[str, Any]:
     """AUC of the student over all hospitals' test patients; one quarter tested, per seed."""
     study = load_study(EXAMPLES / "wisconsin.toml").revised(evaluation__epsilon=None)
-    arms = {
+    arms: dict[str, dict[str, Any]] = {
         "eps3_auc": {"privacy__epsilon": 3.0},
         "eps1_auc": {"privacy__epsilon": 1.0},
         "nonprivate_auc": _NON_PRIVATE,
     }
-    return _figures({
-        key: [together(student_scores(study.revised(seed=seed, **changes), Path())).auc
-              for seed in SEEDS]
-        for key, changes in arms.items()
-    })
+    return figures(
+        {
+            key: [
+                together(student_scores(study.revised(seed=seed, **changes), Path())).auc
+                for seed in SEEDS
+            ]
+            for key, changes in arms.items()
+        }
+    )
 
 
 def heart(folder: Path) -> dict[str, Any]:
@@ -60,9 +66,9 @@ def heart(folder: Path) -> dict[str, Any]:
         # A hospital's accuracy counts every one of its patients once, over all folds.
         return float(np.mean([together(parts).accuracy for parts in zip(*folds, strict=True)]))
 
-    return _figures({
-        key: [seed_accuracy(seed, changes) for seed in SEEDS] for key, changes in arms.items()
-    })
+    return figures(
+        {key: [seed_accuracy(seed, changes) for seed in SEEDS] for key, changes in arms.items()}
+    )
 
 
 def student_scores(study: Study, data_folder: Path) -> list[Scores]:
@@ -77,15 +83,16 @@ def student_scores(study: Study, data_folder: Path) -> list[Scores]:
         return score(student, study, features, hospitals)
 
 
-def heart_folder(data_folder: Path) -> Path | None:
-    """Where the four files lie: ``data_folder`` itself or its ``heart``; None if nowhere."""
-    for folder in (data_folder, data_folder / "heart"):
-        if (folder / "processed.cleveland.data").is_file():
+def find_folder(data_folder: Path, name: str, file: str) -> Path | None:
+    """The folder that holds ``file``: ``data_folder`` itself or its ``name``; None if neither."""
+    for folder in (data_folder, data_folder / name):
+        if (folder / file).is_file():
             return folder
     return None
 
 
-def _figures(values: dict[str, list[float]]) -> dict[str, Any]:
+def figures(values: dict[str, list[float]]) -> dict[str, Any]:
+    """Mean and 95 % interval of each figure over the seeds."""
     rows: dict[str, Any] = {}
     for key, each in values.items():
         interval: Interval = mean_interval(each)
@@ -93,4 +100,3 @@ def _figures(values: dict[str, list[float]]) -> dict[str, Any]:
         rows[f"{key}_ci"] = [interval.low, interval.high]
     rows["seeds"] = list(SEEDS)
     return rows
-

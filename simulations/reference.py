@@ -1,0 +1,136 @@
+"""The reference pages, generated from the code so that they cannot go stale.
+
+``python -m simulations.reference FOLDER`` writes ``commands.md`` and ``study-file.md``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+import click
+import typer
+from pydantic_core import PydanticUndefined
+
+from common.dictionary import Column, Dictionary, Label, Strict
+from common.sources import SourceSpec
+from common.study import (
+    DistillSpec,
+    EvaluationSpec,
+    FederationSpec,
+    FinetuneSpec,
+    HospitalData,
+    ModelSpec,
+    OptimiserSpec,
+    PretrainSpec,
+    PrivacySpec,
+    PublicSpec,
+    SimulationSpec,
+    Study,
+)
+
+_SECTIONS: tuple[tuple[str, type[Strict]], ...] = (
+    ("top level", Study),
+    ("[simulation]", SimulationSpec),
+    ("[[simulation.hospital]]", HospitalData),
+    ("[simulation.source], source of a hospital", SourceSpec),
+    ("[public]", PublicSpec),
+    ("[teacher], [student]", ModelSpec),
+    ("optimiser of a stage", OptimiserSpec),
+    ("[pretrain]", PretrainSpec),
+    ("[finetune]", FinetuneSpec),
+    ("[distill]", DistillSpec),
+    ("[privacy]", PrivacySpec),
+    ("[federation]", FederationSpec),
+    ("[evaluation]", EvaluationSpec),
+    ("[dictionary]", Dictionary),
+    ("[dictionary.label]", Label),
+    ("[[dictionary.columns]]", Column),
+)
+
+
+def study_reference() -> str:
+    """Every section and key of a study file."""
+    lines = ["# The study file", "", "Generated from the code: `python -m simulations.reference "
+             "docs`. Commented examples lie in `deploy/examples/`.", ""]
+    for title, model in _SECTIONS:
+        doc = inspect.cleandoc(model.__doc__ or "")
+        lines += [f"## {title}", "", doc, "", "| key | values | default |", "|---|---|---|"]
+        for name, field in model.model_fields.items():
+            default = "required" if field.is_required() else _default(field.get_default(
+                call_default_factory=True, validated_data={}))
+            lines.append(f"| `{name}` | {_words(field.annotation)} | {default} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def command_reference(app: typer.Typer) -> str:
+    """Every command with its help and its example."""
+    lines = ["# Commands", "", "Generated from the code: `python -m simulations.reference docs`. "
+             "Each command also answers to `--help`.", ""]
+    root = typer.main.get_command(app)
+    for path, command in walk(root, ("consilium",)):
+        lines += [f"## {' '.join(path)}", "", (command.help or "").strip(), ""]
+        for parameter in command.params:
+            if isinstance(parameter, click.Argument) or parameter.name == "help":
+                continue
+            options = ", ".join(f"`{name}`" for name in parameter.opts)
+            lines.append(f"- {options}: {getattr(parameter, 'help', '') or ''}")
+        if command.epilog:
+            lines += ["", command.epilog.replace("Example: ", "Example: `") + "`"]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def walk(
+    command: click.Command, path: tuple[str, ...]
+) -> typing.Iterator[tuple[tuple[str, ...], click.Command]]:
+    """Every command below ``command``, groups first."""
+    yield path, command
+    for name, child in getattr(command, "commands", {}).items():
+        yield from walk(child, (*path, name))
+
+
+def _words(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return ", ".join(f"`{choice}`" for choice in arguments)
+    if origin is typing.Annotated:
+        return _words(arguments[0])
+    if origin in (tuple, list):
+        return "list of " + _words(arguments[0])
+    if origin is dict:
+        return "table"
+    if arguments:
+        return " or ".join(_words(one) for one in arguments if one is not type(None))
+    if inspect.isclass(annotation) and hasattr(annotation, "__members__"):
+        return ", ".join(f"`{one.value}`" for one in annotation)
+    names = {"float": "number", "int": "whole number", "str": "text", "bool": "true or false"}
+    name = getattr(annotation, "__name__", str(annotation))
+    return names.get(name, "section" if inspect.isclass(annotation) else name)
+
+
+def _default(value: Any) -> str:
+    if value is None or value is PydanticUndefined or value == () or value == {}:
+        return "—"
+    if isinstance(value, Strict):
+        return "its own defaults"
+    if isinstance(value, tuple):
+        return ", ".join(f"`{one}`" for one in value if one != "") or "—"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`" if value != "" else "—"
+
+
+def main() -> None:
+    """Write both pages into the folder named on the command line."""
+    from simulations.cli import app  # noqa: PLC0415  (the command line imports much)
+
+    folder = Path(sys.argv[1])
+    (folder / "study-file.md").write_text(study_reference(), encoding="utf-8")
+    (folder / "commands.md").write_text(command_reference(app), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
