@@ -18,9 +18,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +34,19 @@ from common.learning.metrics import (
 from common.privacy.units import Trust
 from common.study import Study
 from common.tensors import write_atomically
-from server.conduct import Progress
 from server.store import RunFolder
+from simulations.arms import (
+    ALONE,
+    FEDERATED,
+    FEDERATED_NO_PRIVACY,
+    POOLED,
+    POOLED_NO_PRIVACY,
+    ArmRun,
+    Watch,
+    epsilon_arm,
+    runs_of_seed,
+    train,
+)
 from simulations.comparison import (
     Arm,
     Comparison,
@@ -52,11 +61,7 @@ from simulations.comparison import (
     seed_figures,
 )
 from simulations.evaluation import Scores, finished_models, round_curve, score, together
-from simulations.hospitals import World, build_world, open_world, pooled, seeded_noise
-from simulations.simulate import _noise, run_in_process
-
-FEDERATED, ALONE, POOLED = "federated", "alone", "pooled"
-POOLED_NO_PRIVACY, FEDERATED_NO_PRIVACY = "pooled-no-privacy", "federated-no-privacy"
+from simulations.hospitals import World, build_world, open_world, seeded_noise
 
 _TITLES = {
     FEDERATED: "Federated",
@@ -67,42 +72,6 @@ _TITLES = {
 }
 # The study's ε with two below it and one above: 0.5, 1, 3 and 8 for a study at 3.
 _SWEEP_FACTORS = (1 / 6, 1 / 3, 1.0, 8 / 3)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareProgress:
-    """Where a comparison stands: run ``number`` (from 1) of ``runs``.
-
-    ``progress`` is the run's own, None when it begins or is ``reused``. ``eta_s``: seconds left
-    for the whole comparison, None before the first run has finished.
-    """
-
-    number: int
-    runs: int
-    arm: str
-    hospital: str | None
-    seed: int
-    reused: bool
-    progress: Progress | None
-    elapsed_s: float
-    eta_s: float | None
-
-
-Watch = Callable[[CompareProgress], None]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One run of an arm: ``hospital`` is set where one hospital trains alone."""
-
-    arm: str
-    study: Study
-    hospital: str | None = None
-
-    @property
-    def place(self) -> Path:
-        parts = [self.arm, *([self.hospital] if self.hospital else [])]
-        return Path(*parts, f"seed-{self.study.seed}")
 
 
 def compare(
@@ -131,8 +100,20 @@ def compare(
     _claim(folder, study, data_folder, noise_seed, replace_existing)
     numbers = [study.seed + index for index in range(seeds)]
     worlds = {seed: build_world(study.revised(seed=seed), data_folder) for seed in numbers}
-    runs = [run for seed in numbers for run in _runs(study.revised(seed=seed), worlds[seed], sweep)]
-    _train(runs, folder, worlds, data_folder, noise_seed, watch, debug)
+    runs = [
+        run
+        for seed in numbers
+        for run in runs_of_seed(study.revised(seed=seed), worlds[seed], sweep)
+    ]
+    train(
+        runs,
+        folder,
+        worlds,
+        data_folder=data_folder,
+        noise_seed=noise_seed,
+        watch=watch,
+        debug=debug,
+    )
 
     ledger = _score(runs, folder, worlds)
     comparison = Comparison(
@@ -188,36 +169,6 @@ def _arms(study: Study) -> tuple[str, ...]:
     return (FEDERATED, ALONE, POOLED, POOLED_NO_PRIVACY, FEDERATED_NO_PRIVACY)
 
 
-def _runs(study: Study, world: World, sweep: Iterable[float]) -> list[_Run]:
-    """All runs of one seed. One roof is one hospital, whatever minimum the federation sets."""
-    lone = study.revised(federation__minimum_hospitals=1)
-    runs = [_Run(FEDERATED, study)]
-    runs += [_Run(ALONE, lone, site.name) for site in world.sites]
-    runs += [_Run(POOLED, lone)]
-    if study.privacy.trust is not Trust.NONE:
-        runs += [
-            _Run(POOLED_NO_PRIVACY, _without_privacy(lone)),
-            _Run(FEDERATED_NO_PRIVACY, _without_privacy(study)),
-        ]
-    runs += [
-        _Run(_epsilon_arm(one), study.revised(privacy__epsilon=one))
-        for one in sweep
-        if one != study.privacy.epsilon
-    ]
-    return runs
-
-
-def _without_privacy(study: Study) -> Study:
-    # The evaluation's noised release would carry no noise either: it is left out.
-    return study.revised(
-        privacy__trust="none", privacy__epsilon=None, privacy__delta=None, evaluation__epsilon=None
-    )
-
-
-def _epsilon_arm(epsilon: float) -> str:
-    return f"epsilon-{epsilon:g}"
-
-
 def _claim(
     folder: Path, study: Study, data_folder: Path, noise_seed: int | None, replace_existing: bool
 ) -> None:
@@ -240,105 +191,27 @@ def _claim(
     write_atomically(path, (json.dumps(settings, indent=2) + "\n").encode())
 
 
-def _train(
-    runs: list[_Run],
-    folder: Path,
-    worlds: Mapping[int, World],
-    data_folder: Path,
-    noise_seed: int | None,
-    watch: Watch,
-    debug: bool,
-) -> None:
-    started, trained = time.monotonic(), 0
-    for number, run in enumerate(runs, start=1):
-        finished = (folder / run.place / "result.json").is_file()
-
-        def tell(
-            progress: Progress | None,
-            *,
-            number: int = number,
-            run: _Run = run,
-            reused: bool = finished,
-            trained: int = trained,
-        ) -> None:
-            elapsed = time.monotonic() - started
-            watch(
-                CompareProgress(
-                    number=number,
-                    runs=len(runs),
-                    arm=run.arm,
-                    hospital=run.hospital,
-                    seed=run.study.seed,
-                    reused=reused,
-                    progress=progress,
-                    elapsed_s=elapsed,
-                    eta_s=elapsed / trained * (len(runs) - number + 1) if trained else None,
-                )
-            )
-
-        tell(None)
-        if not finished:
-            place = _open(folder / run.place, run, data_folder, noise_seed)
-            world = worlds[run.study.seed]
-            noise = _noise(place, [site.name for site in world.sites], noise_seed)
-            hospitals = _cast(run, open_world(replace(world, study=run.study), noise))
-            run_in_process(run.study, place, hospitals, world.corpus, tell, debug=debug)
-            trained += 1
-
-
-def _open(path: Path, run: _Run, data_folder: Path, noise_seed: int | None) -> RunFolder:
-    """The run's folder, new or as an interruption left it."""
-    if (path / "study.toml").is_file():
-        folder, found = RunFolder.open(path)
-        if found.model_dump(mode="json") != run.study.model_dump(mode="json"):
-            raise RunError(f"{path} holds a run of another study; start over with --replace")
-    else:
-        folder = RunFolder.create(path, run.study)
-    if run.arm not in (ALONE, POOLED, POOLED_NO_PRIVACY):
-        # Only where all hospitals take part: `consilium resume` gives a run all of them.
-        folder.write_json(
-            "simulation.json",
-            {
-                "data_folder": str(data_folder.resolve()),
-                "noise_seed": noise_seed,
-            },
-        )
-    return folder
-
-
-def _cast(run: _Run, hospitals: list[Hospital]) -> list[Hospital]:
-    """The hospitals that take part in ``run``."""
-    if run.hospital is not None:
-        return [one for one in hospitals if one.name == run.hospital]
-    return [pooled(hospitals)] if run.arm in (POOLED, POOLED_NO_PRIVACY) else hospitals
-
-
 _Ledger = dict[str, dict[str, list[SeedFigures]]]
 """Role (student, teacher) → arm → figures, seed by seed."""
 
 
-def _score(runs: list[_Run], folder: Path, worlds: Mapping[int, World]) -> _Ledger:
+def _score(runs: list[ArmRun], folder: Path, worlds: Mapping[int, World]) -> _Ledger:
     """Every arm's models at every hospital's test patients."""
     ledger: _Ledger = {"student": {}, "teacher": {}}
     for seed, world in worlds.items():
         hospitals = _judges(world)
-        scores: dict[tuple[str, str], list[list[Scores]]] = {}
-        owners: dict[str, list[str]] = {}
+        everywhere: dict[tuple[str, str], list[Scores]] = {}
+        at_home: dict[tuple[str, str], list[Scores]] = {}
         for run in (one for one in runs if one.study.seed == seed):
             teacher, student, features = finished_models(RunFolder(folder / run.place), run.study)
             for role, model in (("teacher", teacher), ("student", student)):
                 scored = score(model, run.study, features, hospitals)
-                scores.setdefault((role, run.arm), []).append(scored)
-            owners.setdefault(run.arm, []).append(run.hospital or "")
-        for (role, arm), models in scores.items():
-            everywhere = [together(one) for one in models]
-            at_home = models[0]
-            if arm == ALONE:
-                at_home = [
-                    next(one for one in scored if one.hospital == owner)
-                    for owner, scored in zip(owners[arm], models, strict=True)
-                ]
-            ledger[role].setdefault(arm, []).append(seed_figures(everywhere, at_home))
+                own = [one for one in scored if run.hospital in (None, one.hospital)]
+                everywhere.setdefault((role, run.arm), []).append(together(scored))
+                at_home.setdefault((role, run.arm), []).extend(own)
+        for (role, arm), scores in everywhere.items():
+            figures = seed_figures(scores, at_home[role, arm])
+            ledger[role].setdefault(arm, []).append(figures)
     return ledger
 
 
@@ -382,7 +255,7 @@ def _differences(students: Mapping[str, Sequence[SeedFigures]]) -> Iterable[Diff
 
 def _sweep(study: Study, epsilons: Sequence[float], ledger: _Ledger) -> Iterable[SweepPoint]:
     for one in epsilons:
-        arm = FEDERATED if one == study.privacy.epsilon else _epsilon_arm(one)
+        arm = FEDERATED if one == study.privacy.epsilon else epsilon_arm(one)
         yield SweepPoint(
             one,
             over_seeds(ledger["student"][arm]).together,

@@ -46,6 +46,11 @@ def paragraph(*children: Content) -> Html:
     return element("p", *children)
 
 
+def note(text: str) -> Html:
+    """A paragraph in small print."""
+    return element("p", text, class_="note")
+
+
 def listed(items: Iterable[Content]) -> Html:
     """A bullet list."""
     return element("ul", *(element("li", one) for one in items))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -39,7 +39,7 @@ def epsilon_plot(comparison: Comparison) -> bytes | None:
         return None
     figure, axes = _canvas(4.6)
     epsilons = [one.epsilon for one in points]
-    _band(axes, epsilons, [one.student.auc for one in points], "federated, private")
+    _band(axes, epsilons, [one.student.auc for one in points], label="federated, private")
     drawn = [one.student.auc for one in points]
     arms = comparison.arms
     for arm, label, colour, style in (
@@ -72,7 +72,9 @@ def epsilon_plot(comparison: Comparison) -> bytes | None:
 
 
 def round_plot(
-    curves: dict[str, Sequence[CurvePoint]], *, title: str = "How fast does the federation learn?"
+    curves: Mapping[str, Sequence[CurvePoint]],
+    *,
+    title: str = "How fast does the federation learn?",
 ) -> bytes | None:
     """AUC after each round, a line for each charged stage; None without any point."""
     known = {stage: [one for one in points if one.auc.count] for stage, points in curves.items()}
@@ -80,16 +82,13 @@ def round_plot(
     if not known:
         return None
     figure, axes = _canvas(4.2)
-    for (stage, points), (colour, marker) in zip(
-        known.items(), ((BLUE, "o"), (VERMILION, "s")), strict=False
-    ):
+    for (stage, points), style in zip(known.items(), ((BLUE, "o"), (VERMILION, "s")), strict=False):
         _band(
             axes,
             [one.round for one in points],
             [one.auc for one in points],
-            _STAGES[stage],
-            colour,
-            marker,
+            label=_STAGES[stage],
+            style=style,
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
     axes.set_xlabel("round")
@@ -182,10 +181,11 @@ def _band(
     axes: Axes,
     where: Sequence[float],
     values: Sequence[Interval],
+    *,
     label: str,
-    colour: str = BLUE,
-    marker: str = "o",
+    style: tuple[str, str] = (BLUE, "o"),
 ) -> None:
+    colour, marker = style
     bounds = [_cut(one) for one in values]
     if any(high > low for low, high in bounds):
         axes.fill_between(

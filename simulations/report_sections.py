@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from common.dictionary import Dictionary
+from common.learning.metrics import Interval
 from common.privacy.units import Trust
 from common.sources import SourceSpec
 from common.study import Study
-from simulations.markup import Content, Html, data_table, element, listed, paragraph, section, terms
+from common.tensors import write_atomically
+from simulations.comparison import CurvePoint
+from simulations.markup import (
+    Content,
+    Html,
+    data_table,
+    element,
+    listed,
+    paragraph,
+    picture,
+    section,
+    terms,
+)
 
+FEW_TEST_PATIENTS = 30
+SIMULATED = (
+    "This is a simulation: the exact figures can be known because the researcher stands in every "
+    "hospital at once. A coordinator of real hospitals would see noised figures at most."
+)
 _PARTITIONS = {
     "equal": "of equal size",
     "power_law": "of unequal size (a few large, several small)",
@@ -82,6 +101,7 @@ def privacy_section(statement: Mapping[str, Any], *, extra: Sequence[str] = ()) 
     """The privacy statement; says loudly when nothing is guaranteed."""
     none = statement["trust"] == Trust.NONE.value
     unit = statement["unit"]
+    delta = f"{statement['delta'] or 0:g}".replace("e-0", "e-")
     if none:
         promise = element(
             "p",
@@ -101,10 +121,9 @@ def privacy_section(statement: Mapping[str, Any], *, extra: Sequence[str] = ()) 
     else:
         promise = paragraph(
             "Each hospital's releases, seen together by anyone, are differentially private with ",
-            element(
-                "strong",
-                f"ε = {statement['epsilon_spent']:.3g}, δ = {statement['delta']:g} for each {unit}",
-            ),
+            element("strong", f"ε = {statement['epsilon_spent']:.3g} and δ = {delta}"),
+            f" for each {unit} trained on",
+            *_tested_words(statement),
             ". It holds against the coordinator, all other hospitals together and every reader of "
             "the models, because each hospital adds all of its own noise. It does not hold against "
             "whoever reads a hospital's own machines.",
@@ -130,7 +149,7 @@ def privacy_section(statement: Mapping[str, Any], *, extra: Sequence[str] = ()) 
                 f"{statement['epsilon_spent']:.4g} of {statement['epsilon_target']:g} granted "
                 f"to training",
             ),
-            ("δ", f"{statement['delta']:g}"),
+            ("δ", delta),
             ("accounting", statement["accounting"]),
         ]
     return section(
@@ -172,6 +191,17 @@ def reproduce_section(
             ]
         ),
     )
+
+
+def _tested_words(statement: Mapping[str, Any]) -> list[Content]:
+    granted = [row["epsilon_after"] for row in statement["charges"] if row["stage"] == "evaluate"]
+    if not granted:
+        return []
+    return [
+        ", and with ",
+        element("strong", f"ε = {granted[0]:.3g}"),
+        f" for each {statement['unit']} tested on (nobody is both)",
+    ]
 
 
 def _charges_table(statement: Mapping[str, Any], none: bool) -> Html:
@@ -249,3 +279,64 @@ def _public_words(study: Study) -> str:
         assert public.source is not None  # noqa: S101  (the study refuses it otherwise)
         return f"{public.source.path}, at the coordinator"
     return f"{public.records} records drawn from the dictionary alone; no patient at all"
+
+
+def in_words(one: Interval) -> str:
+    """A figure in a sentence; its interval cut to what a share can be."""
+    if one.count == 0:
+        return "none"
+    if one.count == 1:
+        return f"{one.mean:.3f}"
+    return f"{one.mean:.3f} (95 % interval {max(0.0, one.low):.3f} to {min(1.0, one.high):.3f})"
+
+
+def saved_picture(folder: Path, name: str, png: bytes, *, alt: str, caption: str) -> Html:
+    """Keep the PNG beside the report, and embed it."""
+    path = folder / "plots" / f"{name}.png"
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, png)
+    return picture(png, alt=alt, caption=caption)
+
+
+def curve_words(curves: Mapping[str, Sequence[CurvePoint]]) -> str:
+    """The round curve for those who cannot see it."""
+    said = [
+        f"{stage}: round {points[0].round} {in_words(points[0].auc)}, "
+        f"round {points[-1].round} {in_words(points[-1].auc)}"
+        for stage, points in curves.items()
+        if points
+    ]
+    return "AUC after each federated round. " + "; ".join(said) + "."
+
+
+def curve_caption(study: Study) -> str:
+    """What the round curve shows."""
+    tail = study.federation.tail_average
+    averaged = (
+        f" The last point is the average of the last {tail:.0%} of the rounds, which is "
+        f"what the study keeps."
+        if tail
+        else ""
+    )
+    return "AUC on all hospitals' test patients after each round." + averaged
+
+
+def small_hospitals(tested: Mapping[str, int]) -> list[str]:
+    """The limit that small test sets set. ``tested``: each hospital's test patients."""
+    few = {name: count for name, count in tested.items() if count < FEW_TEST_PATIENTS}
+    if not few:
+        return []
+    smallest = min(few, key=lambda name: (few[name], name))
+    return [
+        f"{len(few)} of {len(tested)} hospitals test on fewer than {FEW_TEST_PATIENTS} "
+        f"patients. At {smallest}, with {few[smallest]}, one patient more or less classified "
+        f"rightly moves accuracy by {1 / few[smallest]:.2f}: single hospitals' figures are "
+        f"rough."
+    ]
+
+
+def write_page(folder: Path, text: str) -> Path:
+    """Write ``report.html`` into ``folder``; its path."""
+    path = folder / "report.html"
+    write_atomically(path, text.encode())
+    return path

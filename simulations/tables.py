@@ -78,13 +78,14 @@ def difference_rows(comparison: Comparison) -> Rows:
     seeds = len(comparison.seeds)
     return Rows(
         "Federated minus …, on the same test patients seed by seed",
-        ("compared with", "AUC", "accuracy", "AUC, mean of hospitals"),
+        ("compared with", "AUC", "accuracy", "mean hospital AUC", "mean hospital acc."),
         tuple(
             (
                 comparison.arms[one.second].title,
                 shown(one.together.auc, seeds=seeds, signed=True),
                 shown(one.together.accuracy, seeds=seeds, signed=True),
                 shown(one.mean_of_hospitals.auc, seeds=seeds, signed=True),
+                shown(one.mean_of_hospitals.accuracy, seeds=seeds, signed=True),
             )
             for one in comparison.differences
         ),
