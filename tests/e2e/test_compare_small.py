@@ -99,7 +99,11 @@ def test_an_interrupted_arm_ends_as_if_it_had_not_been(done: Comparison, tmp_pat
 
 def test_a_second_call_trains_nothing_and_finds_the_same(done: Comparison) -> None:
     steps: list[CompareProgress] = []
+    results = sorted(done.folder.rglob("result.json"))
+    before = [path.stat().st_mtime_ns for path in results]
     again = run(done.folder, steps.append)
+    assert len(results) == RUNS
+    assert [path.stat().st_mtime_ns for path in results] == before
     assert all(step.reused for step in begun(steps)) and len(steps) == RUNS
     assert again.to_json() == done.to_json()
     assert json.loads((done.folder / "comparison.json").read_text("utf-8")) == json.loads(
@@ -146,6 +150,25 @@ def test_every_arm_is_scored_on_the_same_test_patients(done: Comparison) -> None
         low <= facts[name] <= high
         for name, low, high in ((name, *one.test_patients) for name, one in done.hospitals.items())
     )
+
+
+def test_alone_is_each_hospitals_own_model_at_home_and_the_mean_of_all_elsewhere(
+    done: Comparison,
+) -> None:
+    aucs: list[float] = []
+    at_home: dict[str, list[float]] = {name: [] for name in done.hospitals}
+    for seed in done.seeds:
+        _, hospitals = load_hospitals(done.folder / "federated" / f"seed-{seed}")
+        for name in done.hospitals:
+            folder, own = RunFolder.open(done.folder / "alone" / name / f"seed-{seed}")
+            _, student, features = finished_models(folder, own)
+            scored = score(student, own, features, hospitals)
+            aucs.append(together(scored).auc)
+            at_home[name] += [one.auc for one in scored if one.hospital == name]
+    alone = done.arms["alone"].student
+    assert alone.together.auc.mean == pytest.approx(sum(aucs) / len(aucs))
+    for name, values in at_home.items():
+        assert alone.hospitals[name].auc.mean == pytest.approx(sum(values) / len(values))
 
 
 def test_figures_are_shares_with_both_seeds_behind_them(done: Comparison) -> None:
