@@ -235,8 +235,8 @@ def _limits(comparison: Comparison) -> Iterator[str]:
     if comparison.study.simulation is not None and comparison.study.simulation.source is not None:
         yield (
             "The hospitals are parts of one data set, cut by the study file. Real hospitals "
-            "differ in their patients, devices and habits, which usually makes it harder. Each seed "
-            "cuts anew: a hospital's name stands for a size, not for the same patients."
+            "differ in their patients, devices and habits, which usually makes it harder. "
+            "Each seed cuts anew: a hospital's name stands for a size, not for the same patients."
         )
     if seeds == 1:
         yield "One seed: none of the differences can be told from chance."
