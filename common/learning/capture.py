@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from common.errors import PrivacyError
-from common.models.checks import check_private, check_records_apart, trains
+from common.models.checks import (
+    check_private,
+    check_records_apart,
+    check_records_first,
+    place_of,
+    trains,
+)
 from common.tensors import set_vector, trainable
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -77,14 +83,12 @@ class Capture:
         if losses.shape != (rows,):
             raise ValueError(f"expected one loss per record [{rows}], found {tuple(losses.shape)}")
         for layer, given, before, output, after, _ in seen:
-            if given.shape[0] != rows or output.shape[0] != rows:
-                raise PrivacyError(
-                    f"{self._name(layer)}: expected the {rows} records in the first dimension, "
-                    f"found shape {tuple(given.shape)}; keep records first, or freeze the layer"
-                )
+            check_records_first(
+                self.model, layer, rows, tuple(given.shape), tuple(output.shape)
+            )
             if given._version != before or output._version != after:
                 raise PrivacyError(
-                    f"{self._name(layer)}: its input or output is overwritten later, so that "
+                    f"{place_of(self.model, layer)}: its input or output is overwritten later, so that "
                     f"per-record gradients would be wrong; avoid in-place operations"
                 )
         if versions != [buffer._version for buffer in self._buffers]:
@@ -100,7 +104,3 @@ class Capture:
             for (layer, given, *_), derivative in zip(seen, derivatives, strict=True)
             if derivative is not None
         ]
-
-    def _name(self, layer: nn.Module) -> str:
-        name = next(name for name, module in self.model.named_modules() if module is layer)
-        return f"layer {name!r} ({type(layer).__name__})"

@@ -50,7 +50,7 @@ def check_private(model: nn.Module) -> None:
     Raises PrivacyError, which names the layer and says what to use in its place.
     """
     for name, module in model.named_modules():
-        place = f"layer {name!r} ({type(module).__name__})" if name else type(module).__name__
+        place = _place(name, module)
         if isinstance(module, _BatchNorm):
             raise PrivacyError(
                 f"{place}: BatchNorm mixes the records of a batch and remembers their statistics, "
@@ -81,20 +81,35 @@ def check_records_apart(model: nn.Module, like: Tensor) -> None:
 
     Two made-up records of the shape and type of ``like`` [rows, …] are answered together and
     alone; no patient's value enters. It finds hand-written normalisation over the batch, which no
-    list of layers can.
+    list of layers can, and trainable layers that see something else than records in the first
+    dimension, which would be mistaken for records whenever the sizes happen to agree.
     """
     shape = (2, *like.shape[1:])
     if like.is_floating_point():
         made_up = torch.cos(torch.arange(math.prod(shape), dtype=like.dtype) ** 1.5).reshape(shape)
     else:
         made_up = torch.stack([torch.full(shape[1:], row, dtype=like.dtype) for row in (0, 1)])
+    rows_seen: list[tuple[nn.Module, tuple[int, ...], tuple[int, ...]]] = []
+
+    def note(layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        rows_seen.append((layer, tuple(arguments[0].shape), tuple(output.shape)))
+
+    handles = [one.register_forward_hook(note) for one in model.modules() if trains(one)]
     training = model.training
     model.eval()  # dropout draws differ between calls, by design
     try:
-        with torch.no_grad():
-            together, alone = model(made_up), model(made_up[:1])
+        answers = []
+        for rows in (2, 1):
+            with torch.no_grad():
+                answers.append(model(made_up[:rows]))
+            for layer, given, answered in rows_seen:
+                check_records_first(model, layer, rows, given, answered)
+            rows_seen.clear()
     finally:
         model.train(training)
+        for handle in handles:
+            handle.remove()
+    together, alone = answers
     if alone.shape[0] != 1 or not torch.allclose(
         together[:1], alone, rtol=1e-3, atol=1e-4, equal_nan=True
     ):
@@ -102,6 +117,27 @@ def check_records_apart(model: nn.Module, like: Tensor) -> None:
             f"{type(model).__name__}: the answer for one record depends on the other records of "
             f"its batch, so that no patient's own gradient exists; normalise each record by itself"
         )
+
+
+def check_records_first(
+    model: nn.Module, layer: nn.Module, rows: int, given: tuple[int, ...], answered: tuple[int, ...]
+) -> None:
+    """Refuse a layer whose input or output does not hold the ``rows`` records one by one."""
+    if given[:1] != (rows,) or answered[:1] != (rows,):
+        raise PrivacyError(
+            f"{place_of(model, layer)}: expected the {rows} records in the first dimension, found "
+            f"shape {given}; keep records first, or freeze the layer"
+        )
+
+
+def place_of(model: nn.Module, layer: nn.Module) -> str:
+    """How an error names ``layer``."""
+    name = next(name for name, module in model.named_modules() if module is layer)
+    return _place(name, layer)
+
+
+def _place(name: str, layer: nn.Module) -> str:
+    return f"layer {name!r} ({type(layer).__name__})" if name else type(layer).__name__
 
 
 def _check_layer(place: str, module: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from common.learning import loop
-from common.learning.gradients import Engine, choose_engine, private_gradient
+from common.learning.gradients import choose_engine, private_gradient
 from common.learning.records import Records
 from common.privacy.plan import StepPlan
 from common.privacy.units import PrivacyUnit, Relation
@@ -99,6 +99,11 @@ def _fresh(workload: Workload) -> nn.Module:
     return model
 
 
+def _records(workload: Workload) -> Records:
+    rows = len(workload.inputs)
+    return Records(workload.inputs, workload.targets, torch.arange(rows), rows)
+
+
 def _plan() -> StepPlan:
     return StepPlan(
         unit=PrivacyUnit.RECORD,
@@ -111,13 +116,12 @@ def _plan() -> StepPlan:
 
 
 def _ours(workload: Workload) -> Step:
-    model, rows = _fresh(workload), len(workload.inputs)
-    records = Records(workload.inputs, workload.targets, torch.arange(rows), rows)
+    model, records = _fresh(workload), _records(workload)
     gradient = private_gradient(
-        choose_engine(model, _loss),
+        choose_engine(model, _loss, records),
         records,
         _plan(),
-        expected_units=rows,
+        expected_units=records.units,
         stream=SecretNoise.generate().stream("bench"),
     )
     spec = OptimiserSpec(kind="sgd", learning_rate=_LEARNING_RATE)
@@ -180,7 +184,7 @@ def _difference(workload: Workload) -> float:
     """Between the clipped sums: Opacus's is read off the step it takes without noise."""
     model, rows = _fresh(workload), len(workload.inputs)
     start = get_vector(model)
-    engine: Engine = choose_engine(model, _loss)
+    engine = choose_engine(model, _loss, _records(workload))
     ours = engine.clipped_sum(
         start, workload.inputs, workload.targets, torch.arange(rows), rows, _plan()
     )
