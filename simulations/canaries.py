@@ -86,7 +86,8 @@ def bound(scores: Scores, *, sampling_rate: float, delta: float, confidence: flo
     doubt = 1 - confidence
     halves = [(one[::2], one[1::2]) for one in (scores.present, scores.absent)]
     (choose_in, judge_in), (choose_out, judge_out) = halves
-    candidates = np.linspace(*np.quantile(scores_all(choose_in, choose_out), [0.001, 0.999]), 200)
+    low, high = np.quantile(np.concatenate([choose_in, choose_out]), [0.001, 0.999])
+    candidates = np.linspace(float(low), float(high), 60)
     best = max(
         candidates,
         key=lambda level: _epsilon(choose_in, choose_out, float(level), delta, doubt),
@@ -104,11 +105,6 @@ def bound(scores: Scores, *, sampling_rate: float, delta: float, confidence: flo
         confidence=confidence,
         trials=len(scores.present) + len(scores.absent),
     )
-
-
-def scores_all(present: Floats, absent: Floats) -> Floats:
-    """Both kinds of scores together."""
-    return np.concatenate([present, absent])
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:

@@ -110,7 +110,9 @@ def distinct_noise(noise_of: Callable[[str], NoiseSource]) -> list[Check]:
     study = _study()
     north, south = (_hospital(study, name, noise_of(name)) for name in ("north", "south"))
     noises = {
-        name: _difference(study, _update(one, attempt=0, round=at), _update(one, attempt=1, round=at))
+        name: _difference(
+            study, _update(one, attempt=0, round=at), _update(one, attempt=1, round=at)
+        )
         for name, one, at in (("north", north, 0), ("south", south, 0), ("later", north, 1))
     }
     checks = []
@@ -171,7 +173,7 @@ def sampling(noise_of: Callable[[str], NoiseSource], repeats: int) -> list[Check
     return [
         Check(
             name="sampling rate",
-            passed=stats.binomtest(drawn, trials, rate).pvalue > _SIGNIFICANCE,
+            passed=bool(stats.binomtest(drawn, trials, rate).pvalue > _SIGNIFICANCE),
             expected=rate,
             found=drawn / trials,
             note=f"{trials} patients asked, binomial",
@@ -257,9 +259,7 @@ def _difference(study: Study, one: Tensor, other: Tensor) -> Tensor:
     return (one - other) / (noise_std * 2**0.5)
 
 
-def _study(
-    *, sampling_rate: float = 1.0, local_steps: int = 1, distill: bool = False
-) -> Study:
+def _study(*, sampling_rate: float = 1.0, local_steps: int = 1, distill: bool = False) -> Study:
     sgd = {"kind": "sgd", "learning_rate": 1.0}
     return parse_study(
         {
@@ -269,8 +269,7 @@ def _study(
                 "patient_id": "patient",
                 "label": {"name": "ill", "classes": [[0], [1]]},
                 "columns": [
-                    {"name": f"c{one}", "kind": "numeric", "range": [-4.0, 4.0]}
-                    for one in range(8)
+                    {"name": f"c{one}", "kind": "numeric", "range": [-4.0, 4.0]} for one in range(8)
                 ],
             },
             "public": {"kind": "dictionary", "records": 16},
@@ -344,7 +343,11 @@ def _hospital(study: Study, name: str, noise: NoiseSource) -> Hospital:
 
 
 def _update(
-    hospital: Hospital, *, attempt: int, stage: str = "finetune", round: int = 0  # noqa: A002
+    hospital: Hospital,
+    *,
+    attempt: int,
+    stage: str = "finetune",
+    round: int = 0,  # noqa: A002
 ) -> Tensor:
     """One real answer of the hospital to a training request."""
     study = hospital.study

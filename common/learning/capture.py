@@ -83,22 +83,18 @@ class Capture:
         if losses.shape != (rows,):
             raise ValueError(f"expected one loss per record [{rows}], found {tuple(losses.shape)}")
         for layer, given, before, output, after, _ in seen:
-            check_records_first(
-                self.model, layer, rows, tuple(given.shape), tuple(output.shape)
-            )
+            check_records_first(self.model, layer, rows, tuple(given.shape), tuple(output.shape))
             if given._version != before or output._version != after:
                 raise PrivacyError(
-                    f"{place_of(self.model, layer)}: its input or output is overwritten later, so that "
-                    f"per-record gradients would be wrong; avoid in-place operations"
+                    f"{place_of(self.model, layer)}: its input or output is overwritten "
+                    f"later, so that per-record gradients would be wrong; avoid in-place operations"
                 )
         if versions != [buffer._version for buffer in self._buffers]:
             raise PrivacyError(
                 f"{type(self.model).__name__}: a buffer changed while patients' records passed; "
                 f"a model must not remember them outside the private step"
             )
-        derivatives = torch.autograd.grad(
-            losses.sum(), [one[5] for one in seen], allow_unused=True
-        )
+        derivatives = torch.autograd.grad(losses.sum(), [one[5] for one in seen], allow_unused=True)
         return [
             LayerCall(layer, given, derivative)
             for (layer, given, *_), derivative in zip(seen, derivatives, strict=True)

@@ -148,7 +148,7 @@ def held_numbers(layer: nn.Module) -> int:
 
 
 def _sum_of_squares(flats: list[Tensor]) -> Tensor:
-    total = torch.linalg.vector_norm(flats[0], dim=1).square_()
+    total: Tensor = torch.linalg.vector_norm(flats[0], dim=1).square_()
     for flat in flats[1:]:
         total += torch.linalg.vector_norm(flat, dim=1).square_()
     return total
@@ -176,11 +176,12 @@ def _linear_squares(call: LayerCall) -> Tensor:
     seen = call.inputs.reshape(rows, -1, call.inputs.shape[-1])
     derivative = call.derivative.reshape(rows, -1, call.derivative.shape[-1])
     if call.inputs.dim() == 2:
-        asked = torch.linalg.vector_norm(call.derivative, dim=1).square_()
+        asked: Tensor = torch.linalg.vector_norm(call.derivative, dim=1).square_()
         if not weight:
             return asked
         given = torch.linalg.vector_norm(call.inputs, dim=1).square_()
-        return asked * (given + 1) if bias else asked * given
+        squares: Tensor = asked * (given + 1) if bias else asked * given
+        return squares
     squares = torch.zeros(rows, dtype=derivative.dtype)
     if weight:
         grams = torch.bmm(seen, seen.mT).mul_(torch.bmm(derivative, derivative.mT))

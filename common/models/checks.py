@@ -169,7 +169,7 @@ def _check_layer(place: str, module: nn.Module) -> None:
 def _check_untied(model: nn.Module) -> None:
     owner: dict[tuple[int, int], str] = {}
     for name, parameter in _trainable_everywhere(model):
-        place = (parameter.untyped_storage().data_ptr(), parameter.storage_offset())
+        place = (parameter.untyped_storage().data_ptr(), int(parameter.storage_offset()))
         if parameter.numel() == 0:
             continue
         if place in owner:

@@ -166,17 +166,21 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "frozen encoder": (frozen_encoder, vectors),
     "linear on sequences": (lambda: pooled(nn.Linear(8, 8), nn.Tanh()), sequences),
     "wide linear on sequences": (
-        lambda: nn.Sequential(nn.Linear(8, 96), nn.Tanh(), nn.Linear(96, 96), Mean(),
-                              nn.Linear(96, 3)),
+        lambda: nn.Sequential(
+            nn.Linear(8, 96), nn.Tanh(), nn.Linear(96, 96), Mean(), nn.Linear(96, 3)
+        ),
         sequences,
     ),
     "linear on grids": (
-        lambda: nn.Sequential(nn.Linear(8, 4), nn.Flatten(), nn.Linear(2 * 8 * 4, 3)), images
+        lambda: nn.Sequential(nn.Linear(8, 4), nn.Flatten(), nn.Linear(2 * 8 * 4, 3)),
+        images,
     ),
     "conv2d": (
         lambda: nn.Sequential(
-            nn.Conv2d(2, 4, 3, stride=(1, 2), padding=(1, 2)), nn.GELU(),
-            nn.Conv2d(4, 4, 3, groups=2, dilation=2, bias=False), nn.Flatten(),
+            nn.Conv2d(2, 4, 3, stride=(1, 2), padding=(1, 2)),
+            nn.GELU(),
+            nn.Conv2d(4, 4, 3, groups=2, dilation=2, bias=False),
+            nn.Flatten(),
             nn.LazyLinear(3),
         ),
         images,
@@ -201,7 +205,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
         sequences,
     ),
     "layernorm without bias": (
-        lambda: pooled(nn.Linear(8, 8), nn.LayerNorm(8, bias=False)), sequences
+        lambda: pooled(nn.Linear(8, 8), nn.LayerNorm(8, bias=False)),
+        sequences,
     ),
     "rmsnorm": (lambda: pooled(nn.Linear(8, 8), nn.RMSNorm(8)), sequences),
     "embedding": (lambda: pooled(nn.Embedding(7, 8), nn.Tanh()), words),
@@ -282,9 +287,7 @@ def test_clipped_sums_equal_those_of_opacus_itself(name: str) -> None:
     )
     hooked = GradSampleModule(model, loss_reduction="sum")
     loss(hooked(inputs), targets).sum().backward()
-    each = torch.cat(
-        [one.grad_sample.reshape(ROWS, -1) for one in trainable(model)], dim=1
-    )
+    each = torch.cat([one.grad_sample.reshape(ROWS, -1) for one in trainable(model)], dim=1)
     hooked.remove_hooks()
     torch.testing.assert_close(found, plan().clipped_sum(each), rtol=1e-3, atol=1e-5)
 
@@ -303,9 +306,7 @@ def test_a_record_without_finite_gradient_counts_as_zero(
         get_vector(model), inputs[sound], targets[sound], torch.arange(5), 5, plan()
     )
     inputs[2] = bad
-    found = made.clipped_sum(
-        get_vector(model), inputs, targets, torch.arange(ROWS), ROWS, plan()
-    )
+    found = made.clipped_sum(get_vector(model), inputs, targets, torch.arange(ROWS), ROWS, plan())
     assert torch.isfinite(found).all()
     difference = found - expected
     # 3e38 may saturate instead of overflowing: then it counts, clipped.
@@ -340,9 +341,7 @@ def cancelling_call() -> LayerCall:
     asked = (asked / asked.norm() * 1e4).round()
     moved = asked.clone()
     moved[0] += 1.0
-    return LayerCall(
-        layer, torch.stack([seen, seen])[None], torch.stack([asked, -moved])[None]
-    )
+    return LayerCall(layer, torch.stack([seen, seen])[None], torch.stack([asked, -moved])[None])
 
 
 def test_a_record_crafted_to_cancel_cannot_hide_its_norm() -> None:
