@@ -20,8 +20,8 @@ DELTA = 1e-5
 CONFIDENCE = 0.99
 CAVEAT = (
     "A lower bound above the claimed ε proves a fault. A bound below it, even zero, proves "
-    "nothing: it only says that this attack found no more. The guarantee rests on the mathematics, not on "
-    "this audit."
+    "nothing: it only says that this attack found no more. The guarantee rests on the "
+    "mathematics, not on this audit."
 )
 _CANARIES = 1000
 _STEPS = 10

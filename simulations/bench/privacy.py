@@ -48,10 +48,12 @@ def step_figures(repetitions: dict[str, int] | None = None) -> dict[str, dict[st
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return {
-            name: _compare(workload, (repetitions or _REPETITIONS)[name])
-            for name, workload in workloads().items()
-        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Opacus's step warns; printing would slow it down
+            return {
+                name: _compare(workload, (repetitions or _REPETITIONS)[name])
+                for name, workload in workloads().items()
+            }
     finally:
         torch.set_num_threads(threads)
 
@@ -143,18 +145,16 @@ def _opacus(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser: Any = torch.optim.SGD(trained, lr=_LEARNING_RATE)
     loader = DataLoader(TensorDataset(workload.inputs, workload.targets), batch_size=rows)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it recommends secure_mode, which cannot be imported
-        made = PrivacyEngine().make_private(
-            module=model,
-            optimizer=optimiser,
-            data_loader=loader,
-            criterion=nn.CrossEntropyLoss(),
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=_CLIP_NORM,
-            poisson_sampling=False,
-            grad_sample_mode=mode,
-        )
+    made = PrivacyEngine().make_private(
+        module=model,
+        optimizer=optimiser,
+        data_loader=loader,
+        criterion=nn.CrossEntropyLoss(),
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=_CLIP_NORM,
+        poisson_sampling=False,
+        grad_sample_mode=mode,
+    )
     wrapped, optimiser = made[0], made[1]
     criterion: Any = made[2] if mode == "ghost" else nn.CrossEntropyLoss()
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 
 from simulations.bench import BENCHES
 from simulations.bench.models import workloads
 from simulations.bench.privacy import step_figures
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_step_figures_are_complete_and_the_sums_agree() -> None:
     rows = step_figures({"mlp": 3, "cnn": 1, "lora": 1})
     assert set(rows) == {"mlp", "cnn", "lora"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def test_the_sampling_rate_is_not_quantised(rate: float) -> None:
 
 
 def test_the_divisor_does_not_tell_the_cohort_size() -> None:
-    """``expected_batch_size`` in Opacus is the cohort times the rate: the update's scale tells it."""
+    """``expected_batch_size`` in Opacus is cohort times rate: the update's scale tells it."""
     small, large = hospital(patients=20), hospital(patients=200)
     assert small.declared_patients == large.declared_patients
     scales = []
@@ -143,7 +144,7 @@ def test_every_round_adds_to_the_same_account() -> None:
     spent += [budget.spent("distill", rounds) for rounds in (1, 2)]
     values = [one for one in spent if one is not None]
     assert len(values) == 6
-    assert all(one < later for one, later in zip(values, values[1:], strict=False))
+    assert all(one < later for one, later in pairwise(values))
     assert values[0] < 0.7 * values[-1]
     assert values[-1] == pytest.approx(budget.total())
 
@@ -153,7 +154,7 @@ def test_torch_seeds_do_not_touch_noise() -> None:
 
     def released(source: NoiseSource, name: str, seed: int) -> Tensor:
         torch.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 - the global generator is the point
+        np.random.seed(seed)
         return _update(hospital(name, noise=source), attempt=0)
 
     same = SeededNoise(3, "north")
