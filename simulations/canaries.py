@@ -113,7 +113,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     Used for this audit's lower bound only, never for a figure that a release is charged.
 
     >>> round(gaussian_epsilon(0.25, 1e-5), 2)  # noise multiplier 4, once
-    0.9
+    0.93
     """
     if mu <= 0:
         return 0.0
