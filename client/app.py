@@ -41,14 +41,15 @@ def _hospital_from_context(context: Context) -> Hospital:
     """The hospital in this node's own folder.
 
     ``hospital-folder`` in the node's configuration names it. In Flower's simulation, nodes are
-    numbered: ``partition-id`` picks a folder below the run's ``hospitals``, in order of name.
+    numbered: ``partition-id`` picks one of ``hospitals/*`` below the run's ``folder``, in order of
+    name.
     """
     seed = int(context.run_config.get("noise-seed", -1))
     noise_seed = seed if seed >= 0 else None
     own = context.node_config.get("hospital-folder")
     if own:
         return open_hospital(Path(str(own)), noise_seed=None)
-    root = Path(str(context.run_config.get("hospitals", "")))
+    root = Path(str(context.run_config.get("folder", ""))) / "hospitals"
     folders = sorted(path.parent for path in root.glob("*/hospital.toml"))
     number = int(context.node_config.get("partition-id", -1))
     if not 0 <= number < len(folders):

@@ -44,7 +44,7 @@ class Hospital:
     def __post_init__(self) -> None:
         """Fix the digest that binds noise to these very rows."""
         if not self.cohort_digest:
-            object.__setattr__(self, "cohort_digest", _digest(self.train))
+            object.__setattr__(self, "cohort_digest", _digest(self.train, self.test))
 
     def training_records(self, features: FeatureMap) -> Records:
         """The training records by privacy unit, labels as targets."""
@@ -149,13 +149,15 @@ def _owners(table: Table) -> tuple[NDArray[Any], NDArray[np.int64]]:
     return np.array(list(index), dtype=object), owners
 
 
-def _digest(table: Table) -> str:
+def _digest(*tables: Table) -> str:
     """SHA-256 over all rows; only ever mixed into a keyed derivation, never sent."""
     running = hashlib.sha256()
-    for name in sorted(table.values):
-        running.update(np.ascontiguousarray(table.values[name]).tobytes())
-    running.update(table.labels.tobytes())
-    running.update(_owners(table)[1].tobytes())
+    for table in tables:
+        running.update(f"{len(table)}|".encode())
+        for name in sorted(table.values):
+            running.update(np.ascontiguousarray(table.values[name]).tobytes())
+        running.update(table.labels.tobytes())
+        running.update(_owners(table)[1].tobytes())
     return running.hexdigest()
 
 

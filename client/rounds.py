@@ -51,8 +51,9 @@ def hello(hospital: Hospital, task: Hello) -> HelloReply:
 def statistics(hospital: Hospital, task: StatisticsTask) -> StatisticsReply:
     """One noised sum of bounded moments per numeric column, charged to the training patients."""
     _same_study(hospital, task.study_digest)
-    plan = _charge(hospital.study, "statistics", 0).plan
+    plan = _charge(hospital, "statistics", 0).plan
     owners, units = units_of(hospital.train, hospital.study.privacy.unit)
+    _sound_delta(hospital, units)
     each = combine_records(moment_contributions(hospital.train), torch.from_numpy(owners), units)
     stream = hospital.noise.stream(
         "statistics", task.study_digest, task.attempt, hospital.cohort_digest
@@ -65,9 +66,10 @@ def train(hospital: Hospital, task: TrainTask) -> TrainReply:
     """One round of local steps; the reply holds only how noised gradients moved the weights."""
     study = hospital.study
     _same_study(hospital, task.study_digest)
-    charge = _charge(study, task.stage, task.round)
+    charge = _charge(hospital, task.stage, task.round)
     features = FeatureMap(study.dictionary, scaling_from_tensor(study.dictionary, task.scaling))
     records = hospital.training_records(features)
+    _sound_delta(hospital, records.units)
     teacher = load_teacher(study, features, task.teacher)
     if task.stage == "finetune":
         model: Teacher | Student = freeze_for_finetune(study, teacher)
@@ -118,9 +120,14 @@ def evaluate(hospital: Hospital, task: EvaluateTask) -> EvaluateReply:
     probabilities = task_named(study.task).probabilities(
         answer(student, features.encode(hospital.test))
     )
-    owners, _ = units_of(hospital.test, study.privacy.unit)
+    owners, units = units_of(hospital.test, study.privacy.unit)
+    _sound_delta(hospital, units)
     stream = hospital.noise.stream(
-        "evaluate", task.study_digest, digest_tensors(task.student), hospital.cohort_digest
+        "evaluate",
+        task.study_digest,
+        digest_tensors(task.student),
+        digest_tensors({"scaling": task.scaling}),
+        hospital.cohort_digest,
     )
     histogram = charged_histogram(
         study, hospital.test.labels, probabilities.double().numpy(), owners, stream
@@ -212,10 +219,10 @@ def _same_study(hospital: Hospital, digest: str) -> None:
         )
 
 
-def _charge(study: Study, stage: str, round_number: int) -> Charge:
+def _charge(hospital: Hospital, stage: str, round_number: int) -> Charge:
     """The stage's charge from the hospital's own copy of the study; σ is never taken on trust."""
     try:
-        charge = budget_of(study).charge(stage)
+        charge = budget_of(hospital.study).charge(stage)
     except KeyError:
         raise RefusalError(f"refused: the study has no charged stage {stage!r}") from None
     if not 0 <= round_number < charge.rounds:
@@ -223,3 +230,13 @@ def _charge(study: Study, stage: str, round_number: int) -> Charge:
             f"refused: {stage} has rounds 0 to {charge.rounds - 1}, found round {round_number}"
         )
     return charge
+
+
+def _sound_delta(hospital: Hospital, units: int) -> None:
+    """A δ of one in the cohort's size or more would allow publishing somebody whole."""
+    delta = hospital.study.privacy.delta
+    if delta is not None and delta * units >= 1:
+        raise RefusalError(
+            f"{hospital.name} refuses: expected δ below one divided by its number of patients, "
+            f"found δ = {delta:g}; lower privacy.delta"
+        )

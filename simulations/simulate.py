@@ -60,7 +60,8 @@ def simulate(
     statement then says that nothing is guaranteed.
     """
     world = build_world(study, data_folder)
-    if replace and (path / "study.toml").is_file():
+    # A folder with a study file alone may be anything of the user's; a run has both.
+    if replace and (path / "study.toml").is_file() and (path / "environment.json").is_file():
         shutil.rmtree(path)
     run = RunFolder.create(path, study)
     run.write_json(
