@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from simulations.bench import BENCHES
 from simulations.bench.models import workloads
 from simulations.bench.privacy import step_figures

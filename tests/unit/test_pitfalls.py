@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, fields, replace
 from itertools import pairwise
 
 import numpy as np
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from client.hospital import Hospital
-from common.errors import PrivacyError, StudyError
+from client.rounds import train
+from common.errors import PrivacyError, RefusalError, StudyError
 from common.learning.gradients import GhostNorms, PerRecordGradients, private_gradient
 from common.learning.records import Records
 from common.privacy.accounting import GaussianEvent, calibrate, epsilon
@@ -26,6 +27,7 @@ from common.privacy.plan import StepPlan
 from common.privacy.units import PrivacyUnit, Relation
 from common.randomness import NoiseSource, SecretNoise, SeededNoise, Stream
 from common.tensors import get_vector
+from common.wire import StatisticsTask, TrainTask
 from simulations.canaries import gaussian_epsilon
 from simulations.conformance import _PATIENTS, _joined, _rows, _study, _table, _update, overheard
 
@@ -248,6 +250,32 @@ def test_replacing_a_patient_costs_more_noise_than_adding_one() -> None:
         )
 
     assert noise(Relation.REPLACE_ONE) == pytest.approx(2 * noise(Relation.ADD_REMOVE), rel=1e-2)
+
+
+def test_a_request_cannot_name_the_noise() -> None:
+    """A server that sets σ can set it low."""
+    asked = {one.name for kind in (TrainTask, StatisticsTask) for one in fields(kind)}
+    assert asked == {
+        "study_digest",
+        "stage",
+        "round",
+        "attempt",
+        "teacher",
+        "student",
+        "scaling",
+    }
+    cheaper = _study().revised(privacy__epsilon=100.0)
+    task = TrainTask(
+        study_digest=cheaper.digest(),
+        stage="finetune",
+        round=0,
+        attempt=0,
+        teacher={},
+        student={},
+        scaling=torch.zeros(8, 2),
+    )
+    with pytest.raises(RefusalError, match="expected the study it holds"):
+        train(hospital(), task)
 
 
 def test_no_stopping_by_patients_loss() -> None:
