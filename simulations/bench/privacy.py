@@ -22,6 +22,7 @@ from common.privacy.units import PrivacyUnit, Relation
 from common.randomness import SecretNoise
 from common.study import OptimiserSpec
 from common.tensors import get_vector
+from simulations.bench.ledger import ledger_figures
 from simulations.bench.models import Workload, workloads
 
 _CLIP_NORM = 1.0
@@ -192,8 +193,3 @@ def _difference(workload: Workload) -> float:
     step()
     moved = (start - get_vector(theirs)) * (rows / _LEARNING_RATE)
     return float((ours - moved).abs().max())
-
-
-def ledger_figures() -> dict[str, float | None]:
-    """Milliseconds per release and seconds for the ε of 1,000 entries; None: not measured yet."""
-    return {"ledger_ms_per_release": None, "ledger_1000_entries_s": None}
