@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,22 +16,25 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from client.hospital import Hospital
-from client.rounds import train
-from common.features import FeatureMap, scaling_from_tensor
-from common.models import build_student, build_teacher
 from common.privacy import plan as plan_module
 from common.privacy.accounting import GaussianEvent, epsilon
 from common.privacy.budget import budget_of
 from common.randomness import NoiseSource, SeededNoise
-from common.study import Study, parse_study
-from common.tables import Table, TableReport
-from common.wire import TrainTask
+from common.study import Study
+from common.tables import Table
 from server.statement import privacy_statement
+from simulations.made_up import (
+    PATIENTS,
+    joined,
+    made_up_hospital,
+    made_up_study,
+    made_up_table,
+    real_update,
+    rows_of,
+)
 
 # A sound release fails a check with this probability.
 _SIGNIFICANCE = 1e-4
-_PATIENTS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,9 +93,9 @@ def conformance(noise_of: Callable[[str], NoiseSource], *, repeats: int) -> list
 
 def noise_variance(noise_of: Callable[[str], NoiseSource], repeats: int) -> Check:
     """The same round asked twice differs by two noises: χ² over all coordinates."""
-    study = _study()
-    hospital = _hospital(study, "north", noise_of("north"))
-    updates = [_update(hospital, attempt=one) for one in range(2 * repeats)]
+    study = made_up_study()
+    hospital = made_up_hospital(study, "north", noise_of("north"))
+    updates = [real_update(hospital, attempt=one) for one in range(2 * repeats)]
     scaled = [_difference(study, one, other) for one, other in _pairs(updates)]
     values = torch.cat(scaled).double()
     statistic, count = float(values.square().sum()), values.numel()
@@ -107,11 +110,11 @@ def noise_variance(noise_of: Callable[[str], NoiseSource], repeats: int) -> Chec
 
 def distinct_noise(noise_of: Callable[[str], NoiseSource]) -> list[Check]:
     """Hospitals with equal patients, and rounds of one hospital, share no noise."""
-    study = _study()
-    north, south = (_hospital(study, name, noise_of(name)) for name in ("north", "south"))
+    study = made_up_study()
+    north, south = (made_up_hospital(study, name, noise_of(name)) for name in ("north", "south"))
     noises = {
         name: _difference(
-            study, _update(one, attempt=0, round=at), _update(one, attempt=1, round=at)
+            study, real_update(one, attempt=0, round=at), real_update(one, attempt=1, round=at)
         )
         for name, one, at in (("north", north, 0), ("south", south, 0), ("later", north, 1))
     }
@@ -134,19 +137,19 @@ def distinct_noise(noise_of: Callable[[str], NoiseSource]) -> list[Check]:
 
 def clipping() -> Check:
     """The most that one adversarial patient moves the sum below the noise, in clip norms."""
-    study = _study()
-    table = _table(study, _PATIENTS)
+    study = made_up_study()
+    table = made_up_table(study, PATIENTS)
 
     def sum_below_noise(rows: Table) -> Tensor:
-        hospital = Hospital("north", study, rows, table, _PATIENTS, SeededNoise(0, "north"))
+        hospital = made_up_hospital(study, "north", SeededNoise(0, "north"), rows)
         with overheard() as performed:
-            _update(hospital, attempt=0)
+            real_update(hospital, attempt=0)
         return performed.sums[0]
 
     base = sum_below_noise(table)
     clip_norm = budget_of(study).charge("finetune").plan.clip_norm
     moved = [
-        float((sum_below_noise(_joined(table, one)) - base).norm()) / clip_norm
+        float((sum_below_noise(joined(table, one)) - base).norm()) / clip_norm
         for one in _adversaries(study)
     ]
     return Check(
@@ -160,16 +163,16 @@ def clipping() -> Check:
 
 def sampling(noise_of: Callable[[str], NoiseSource], repeats: int) -> list[Check]:
     """Patients are drawn at the plan's rate, and each by itself: batch sizes vary as they must."""
-    study = _study(sampling_rate=0.3, local_steps=10)
-    hospital = _hospital(study, "north", noise_of("north"))
+    study = made_up_study(sampling_rate=0.3, local_steps=10)
+    hospital = made_up_hospital(study, "north", noise_of("north"))
     with overheard() as performed:
         for attempt in range(repeats):
-            _update(hospital, attempt=attempt)
+            real_update(hospital, attempt=attempt)
     rate = budget_of(study).charge("finetune").plan.sampling_rate
     sizes = np.array([len(one) for one in performed.sampled])
     drawn = int(sizes.sum())
-    trials = len(sizes) * _PATIENTS
-    spread = float(((sizes - rate * _PATIENTS) ** 2).sum() / (_PATIENTS * rate * (1 - rate)))
+    trials = len(sizes) * PATIENTS
+    spread = float(((sizes - rate * PATIENTS) ** 2).sum() / (PATIENTS * rate * (1 - rate)))
     return [
         Check(
             name="sampling rate",
@@ -191,12 +194,12 @@ def sampling(noise_of: Callable[[str], NoiseSource], repeats: int) -> list[Check
 
 def replay(noise_of: Callable[[str], NoiseSource]) -> Check:
     """ε recomputed from what the mechanisms were really asked to do, against the statement."""
-    study = _study(sampling_rate=0.3, local_steps=3, distill=True)
-    hospital = _hospital(study, "north", noise_of("north"))
+    study = made_up_study(sampling_rate=0.3, local_steps=3, distill=True)
+    hospital = made_up_hospital(study, "north", noise_of("north"))
     with overheard() as performed:
         for charge in budget_of(study).charges:
             for number in range(charge.rounds):
-                _update(hospital, attempt=0, stage=charge.stage, round=number)
+                real_update(hospital, attempt=0, stage=charge.stage, round=number)
     assert study.privacy.delta is not None  # noqa: S101
     spent = epsilon(performed.events(), delta=study.privacy.delta, relation=study.privacy.relation)
     stated = privacy_statement(study, {"secret_noise": True, "hospitals": ["north"]})
@@ -255,62 +258,8 @@ def _pairs(updates: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _difference(study: Study, one: Tensor, other: Tensor) -> Tensor:
     """Two updates' difference in units of what two noises make: standard normal."""
-    noise_std = budget_of(study).charge("finetune").plan.noise_std / _PATIENTS
+    noise_std = budget_of(study).charge("finetune").plan.noise_std / PATIENTS
     return (one - other) / (noise_std * 2**0.5)
-
-
-def _study(*, sampling_rate: float = 1.0, local_steps: int = 1, distill: bool = False) -> Study:
-    sgd = {"kind": "sgd", "learning_rate": 1.0}
-    return parse_study(
-        {
-            "name": "audit",
-            "task": "diagnosis",
-            "dictionary": {
-                "patient_id": "patient",
-                "label": {"name": "ill", "classes": [[0], [1]]},
-                "columns": [
-                    {"name": f"c{one}", "kind": "numeric", "range": [-4.0, 4.0]} for one in range(8)
-                ],
-            },
-            "public": {"kind": "dictionary", "records": 16},
-            "teacher": {"kind": "mlp", "hidden": [48, 32], "skip": True},
-            "student": {"kind": "mlp", "hidden": [8]},
-            "pretrain": {"steps": 0, "optimiser": sgd},
-            "finetune": {
-                "rounds": 4,
-                "local_steps": local_steps,
-                "sampling_rate": sampling_rate,
-                "trainable": "all",
-                "optimiser": sgd,
-            },
-            "distill": {
-                "on": "patients" if distill else "public",
-                "rounds": 2,
-                "local_steps": 2,
-                "sampling_rate": 0.5,
-                "optimiser": sgd,
-            },
-            "privacy": {"trust": "local", "epsilon": 3.0, "delta": 1e-5, "clip_norm": 0.05},
-        },
-        origin="audit",
-    )
-
-
-def _table(study: Study, patients: int) -> Table:
-    generator = np.random.default_rng(0)
-    columns = {one.name: generator.normal(0, 1, patients) for one in study.dictionary.columns}
-    labels = generator.integers(0, 2, patients)
-    return _rows(study, columns, labels, [f"p{one}" for one in range(patients)])
-
-
-def _rows(study: Study, values: Any, labels: Any, names: list[str]) -> Table:
-    return Table(
-        dictionary=study.dictionary,
-        values=values,
-        labels=np.asarray(labels, np.int64),
-        patients=np.array(names, dtype=object),
-        report=TableReport(rows=len(names), patients=len(set(names)), unlabelled=0, columns=()),
-    )
 
 
 def _adversaries(study: Study) -> list[Table]:
@@ -321,47 +270,5 @@ def _adversaries(study: Study) -> list[Table]:
         for value in (4.0, -4.0, 1e300, -1e300, float("nan")):
             for label in (0, 1):
                 values = {name: np.full(records, value) for name in columns}
-                made.append(_rows(study, values, [label] * records, ["intruder"] * records))
+                made.append(rows_of(study, values, [label] * records, ["intruder"] * records))
     return made
-
-
-def _joined(table: Table, extra: Table) -> Table:
-    values = {
-        name: np.concatenate([column, extra.values[name]]) for name, column in table.values.items()
-    }
-    return replace(
-        table,
-        values=values,
-        labels=np.concatenate([table.labels, extra.labels]),
-        patients=np.concatenate([table.patients, extra.patients]),
-    )
-
-
-def _hospital(study: Study, name: str, noise: NoiseSource) -> Hospital:
-    table = _table(study, _PATIENTS)
-    return Hospital(name, study, table, table, _PATIENTS, noise)
-
-
-def _update(
-    hospital: Hospital,
-    *,
-    attempt: int,
-    stage: str = "finetune",
-    round: int = 0,  # noqa: A002
-) -> Tensor:
-    """One real answer of the hospital to a training request."""
-    study = hospital.study
-    numeric = sum(one.kind == "numeric" for one in study.dictionary.columns)
-    scaling = torch.tensor([[0.0, 1.0]] * numeric)
-    features = FeatureMap(study.dictionary, scaling_from_tensor(study.dictionary, scaling))
-    teacher, student = build_teacher(study, features), build_student(study, features)
-    task = TrainTask(
-        study_digest=study.digest(),
-        stage=stage,
-        round=round,
-        attempt=attempt,
-        teacher=dict(teacher.state_dict()),
-        student=dict(student.state_dict()),
-        scaling=scaling,
-    )
-    return train(hospital, task).update

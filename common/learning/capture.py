@@ -43,18 +43,19 @@ class LayerCall:
 class Capture:
     """Runs a model on records and keeps nothing: neither hooks nor sums outlive a call."""
 
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
+    def __init__(self, model: nn.Module) -> None:
         """Raises PrivacyError when ``model`` has no per-record gradients."""
         check_private(model)
         self.model = model
-        self.loss = loss
         self.parameters = trainable(model)
         self.size = sum(parameter.numel() for parameter in self.parameters)
         self._layers = [module for module in model.modules() if trains(module)]
         self._buffers = list(model.buffers())
         self._records_apart = False
 
-    def __call__(self, weights: Tensor, inputs: Tensor, targets: Tensor) -> list[LayerCall]:
+    def __call__(
+        self, loss: Loss, weights: Tensor, inputs: Tensor, targets: Tensor
+    ) -> list[LayerCall]:
         """Every use of a trainable layer that matters to the loss, at ``weights`` [d].
 
         Raises PrivacyError when the model mixes records, in a way that shows only when it runs.
@@ -76,7 +77,7 @@ class Capture:
 
         handles = [layer.register_forward_hook(note) for layer in self._layers]
         try:
-            losses = self.loss(self.model(inputs), targets)
+            losses = loss(self.model(inputs), targets)
         finally:
             for handle in handles:
                 handle.remove()

@@ -75,7 +75,8 @@ class PerRecordGradients:
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         """Raises PrivacyError when ``model`` has no per-record gradients."""
-        self._capture = Capture(model, loss)
+        self.loss = loss
+        self._capture = Capture(model)
         self.size = self._capture.size
 
     def rows_at_once(self, *, one_record_each: bool) -> int:  # noqa: ARG002
@@ -123,7 +124,7 @@ class PerRecordGradients:
     def _gradients(self, weights: Tensor, inputs: Tensor, targets: Tensor) -> list[LayerGradient]:
         return [
             gradient
-            for calls in _by_layer(self._capture(weights, inputs, targets))
+            for calls in _by_layer(self._capture(self.loss, weights, inputs, targets))
             for gradient in record_gradients(calls)
         ]
 
@@ -137,7 +138,8 @@ class GhostNorms:
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         """Raises PrivacyError when ``model`` has no per-record gradients."""
-        self._capture = Capture(model, loss)
+        self.loss = loss
+        self._capture = Capture(model)
         self._per_record = PerRecordGradients(model, loss)
         self.size = self._capture.size
         self._held = sum(held_numbers(module) for module in model.modules())
@@ -160,7 +162,7 @@ class GhostNorms:
             return self._per_record.clipped_sum(weights, inputs, targets, owners, units, plan)
         if len(inputs) == 0:
             return torch.zeros(self.size)
-        calls = self._capture(weights, inputs, targets)
+        calls = self._capture(self.loss, weights, inputs, targets)
         return _clipped(self._capture.parameters, [ghost(one) for one in _by_layer(calls)], plan)
 
 

@@ -457,7 +457,7 @@ def test_an_exception_in_mid_step_leaves_nothing_behind() -> None:
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
-        Capture(model, broken)(get_vector(model), inputs, targets)
+        Capture(model)(broken, get_vector(model), inputs, targets)
     assert all(not module._forward_hooks for module in model.modules())
     again = made.clipped_sum(get_vector(model), inputs, targets, torch.arange(ROWS), ROWS, plan())
     assert torch.equal(again, expected)

@@ -29,7 +29,16 @@ from common.randomness import NoiseSource, SecretNoise, SeededNoise, Stream
 from common.tensors import get_vector
 from common.wire import StatisticsTask, TrainTask
 from simulations.canaries import gaussian_epsilon
-from simulations.conformance import _PATIENTS, _joined, _rows, _study, _table, _update, overheard
+from simulations.conformance import overheard
+from simulations.made_up import (
+    PATIENTS,
+    joined,
+    made_up_hospital,
+    made_up_study,
+    made_up_table,
+    real_update,
+    rows_of,
+)
 
 DELTA = 1e-5
 
@@ -51,11 +60,12 @@ def loss(answers: Tensor, targets: Tensor) -> Tensor:
 
 
 def hospital(
-    name: str = "north", *, patients: int = _PATIENTS, noise: NoiseSource | None = None
+    name: str = "north", *, patients: int = PATIENTS, noise: NoiseSource | None = None
 ) -> Hospital:
-    study = _study()
-    table = _table(study, patients)
-    return Hospital(name, study, table, table, _PATIENTS, noise or SeededNoise(1, name))
+    study = made_up_study()
+    return made_up_hospital(
+        study, name, noise or SeededNoise(1, name), made_up_table(study, patients)
+    )
 
 
 def some_records(units: int = 6) -> Records:
@@ -105,11 +115,11 @@ def test_the_clip_norm_is_fixed_before_patients_are_seen() -> None:
     with pytest.raises(FrozenInstanceError):
         plan().clip_norm = 2.0  # type: ignore[misc]
     with pytest.raises(StudyError, match="clip_norm"):
-        _study().revised(privacy__clip_norm="adaptive")
+        made_up_study().revised(privacy__clip_norm="adaptive")
     one = hospital()
     with overheard() as performed:
         for number in range(3):
-            _update(one, attempt=0, round=number)
+            real_update(one, attempt=0, round=number)
     assert set(performed.clip_norm) == {one.study.privacy.clip_norm}
 
 
@@ -132,7 +142,7 @@ def test_the_divisor_does_not_tell_the_cohort_size() -> None:
     assert small.declared_patients == large.declared_patients
     scales = []
     for one in (small, large):
-        first, second = (_update(one, attempt=number) for number in (0, 1))
+        first, second = (real_update(one, attempt=number) for number in (0, 1))
         scales.append(float((first - second).std()))  # noise alone, divided
     # Two standard deviations from 2,433 coordinates each agree within 6 %, tenfold cohorts do not.
     assert scales[0] == pytest.approx(scales[1], rel=0.06)
@@ -140,7 +150,7 @@ def test_the_divisor_does_not_tell_the_cohort_size() -> None:
 
 def test_every_round_adds_to_the_same_account() -> None:
     """A fresh engine in each round reports one round's ε for ever."""
-    study = _study(sampling_rate=0.3, local_steps=3, distill=True)
+    study = made_up_study(sampling_rate=0.3, local_steps=3, distill=True)
     budget = budget_of(study)
     spent = [budget.spent("finetune", rounds) for rounds in range(1, 5)]
     spent += [budget.spent("distill", rounds) for rounds in (1, 2)]
@@ -157,14 +167,14 @@ def test_torch_seeds_do_not_touch_noise() -> None:
     def released(source: NoiseSource, name: str, seed: int) -> Tensor:
         torch.manual_seed(seed)
         np.random.seed(seed)
-        return _update(hospital(name, noise=source), attempt=0)
+        return real_update(hospital(name, noise=source), attempt=0)
 
     same = SeededNoise(3, "north")
     assert torch.equal(released(same, "north", 0), released(same, "north", 1))
     north, south = (released(SecretNoise.generate(), name, 0) for name in ("north", "south"))
     noise_only = (north - south).double()
-    study = _study()
-    expected = math.sqrt(2) * budget_of(study).charge("finetune").plan.noise_std / _PATIENTS
+    study = made_up_study()
+    expected = math.sqrt(2) * budget_of(study).charge("finetune").plan.noise_std / PATIENTS
     assert float(noise_only.std()) == pytest.approx(expected, rel=0.1)
 
 
@@ -181,12 +191,12 @@ def test_noise_is_cryptographic_without_extras() -> None:
 def test_a_resumed_hospital_needs_no_generator_state() -> None:
     """Checkpoints of Opacus leave the generator out, so that a resumed run repeats noise."""
     key = SecretNoise.generate().key
-    first = _update(hospital(noise=SecretNoise(key)), attempt=0, round=2)
-    after_restart = _update(hospital(noise=SecretNoise(key)), attempt=0, round=2)
+    first = real_update(hospital(noise=SecretNoise(key)), attempt=0, round=2)
+    after_restart = real_update(hospital(noise=SecretNoise(key)), attempt=0, round=2)
     assert torch.equal(first, after_restart)
     for changed in (
-        _update(hospital(noise=SecretNoise(key)), attempt=1, round=2),
-        _update(hospital(noise=SecretNoise(key)), attempt=0, round=3),
+        real_update(hospital(noise=SecretNoise(key)), attempt=1, round=2),
+        real_update(hospital(noise=SecretNoise(key)), attempt=0, round=3),
     ):
         assert not torch.allclose(first, changed)
 
@@ -194,14 +204,14 @@ def test_a_resumed_hospital_needs_no_generator_state() -> None:
 @pytest.mark.parametrize("copies", [1, 3, 10])
 def test_many_records_of_one_patient_cost_one(copies: int) -> None:
     """Record-level privacy multiplies with a patient's records: ε = 5.25 became 132 for ten."""
-    study = _study()
-    table = _table(study, _PATIENTS)
+    study = made_up_study()
+    table = made_up_table(study, PATIENTS)
     columns = {name: np.full(copies, 4.0) for name in table.values}
-    patient = _rows(study, columns, [1] * copies, ["same patient"] * copies)
+    patient = rows_of(study, columns, [1] * copies, ["same patient"] * copies)
     with overheard() as performed:
-        for rows in (table, _joined(table, patient)):
-            one = Hospital("north", study, rows, table, _PATIENTS, SeededNoise(0, "north"))
-            _update(one, attempt=0)
+        for rows in (table, joined(table, patient)):
+            one = made_up_hospital(study, "north", SeededNoise(0, "north"), rows)
+            real_update(one, attempt=0)
     moved = float((performed.sums[1] - performed.sums[0]).norm())
     assert moved <= study.privacy.clip_norm * (1 + 1e-3)
 
@@ -264,7 +274,7 @@ def test_a_request_cannot_name_the_noise() -> None:
         "student",
         "scaling",
     }
-    cheaper = _study().revised(privacy__epsilon=100.0)
+    cheaper = made_up_study().revised(privacy__epsilon=100.0)
     task = TrainTask(
         study_digest=cheaper.digest(),
         stage="finetune",
@@ -281,7 +291,7 @@ def test_a_request_cannot_name_the_noise() -> None:
 def test_no_stopping_by_patients_loss() -> None:
     """A schedule or a stop that watches patients' loss is a release nobody charged."""
     with pytest.raises(StudyError, match="plateau"):
-        _study().revised(finetune__optimiser__schedule="plateau")
+        made_up_study().revised(finetune__optimiser__schedule="plateau")
 
 
 @pytest.mark.parametrize(
