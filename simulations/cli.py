@@ -22,6 +22,7 @@ from client.cli import hospital_app
 from common.errors import ConsiliumError, StudyError, nearest
 from common.study import Study, load_study
 from server.cli import coordinator_app
+from simulations.audit_cli import audit_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,6 +43,7 @@ data_app = typer.Typer(
 )
 app.add_typer(study_app, name="study", rich_help_panel="Researcher")
 app.add_typer(data_app, name="data", rich_help_panel="Researcher")
+app.add_typer(audit_app, name="audit", rich_help_panel="Researcher")
 app.add_typer(hospital_app, name="hospital", rich_help_panel="Hospital")
 app.add_typer(coordinator_app, name="coordinator", rich_help_panel="Coordinator")
 

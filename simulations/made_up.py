@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from client.guard import MemoryGuard
 from client.hospital import Hospital
 from client.rounds import train
 from common.features import FeatureMap, scaling_from_tensor
@@ -98,7 +99,8 @@ def made_up_hospital(
 ) -> Hospital:
     """A hospital in memory; it declares ``PATIENTS`` whatever its table holds."""
     table = made_up_table(study, PATIENTS)
-    return Hospital(name, study, table if train is None else train, table, PATIENTS, noise)
+    rows = table if train is None else train
+    return Hospital(name, study, rows, table, PATIENTS, MemoryGuard(noise))
 
 
 def real_update(
@@ -108,7 +110,7 @@ def real_update(
     stage: str = "finetune",
     round: int = 0,  # noqa: A002
 ) -> Tensor:
-    """One real answer of the hospital to a training request."""
+    """One real answer of the hospital to a training request, at a gate with nothing spent."""
     study = hospital.study
     numeric = sum(one.kind == "numeric" for one in study.dictionary.columns)
     scaling = torch.tensor([[0.0, 1.0]] * numeric)
@@ -123,4 +125,5 @@ def real_update(
         student=dict(student.state_dict()),
         scaling=scaling,
     )
-    return train(hospital, task).update
+    fresh = replace(hospital, guard=MemoryGuard(hospital.guard.noise))
+    return train(fresh, task).update

@@ -131,7 +131,12 @@ def test_default_sweep_lies_around_the_studys_own_epsilon() -> None:
         ({}, {"seeds": 0}, "seeds: expected at least 1, found 0"),
         ({}, {"seeds": 1, "epsilons": [-1.0]}, "expected numbers above 0"),
         (
-            {"privacy__trust": "none", "privacy__epsilon": None, "privacy__delta": None},
+            {
+                "privacy__trust": "none",
+                "privacy__epsilon": None,
+                "privacy__delta": None,
+                "evaluation__epsilon": None,
+            },
             {"seeds": 1, "epsilons": [1.0]},
             "an ε sweep needs privacy",
         ),
