@@ -37,7 +37,6 @@ from common.secretfiles import (
     write_secret,
 )
 
-KEY_FILE_VARIABLE = "CONSILIUM_KEY_FILE"
 _LEDGER_PURPOSE = "ledger secret"
 _NOISE_PURPOSE = "noise key"
 
@@ -76,13 +75,6 @@ class SafeFolder:
     def public(self) -> PublicIdentity:
         """The hospital's public key; needs no secret."""
         return PublicIdentity.load(self.public_identity)
-
-    def wrapping_key(self, environ: Mapping[str, str]) -> WrappingKey:
-        """What opens the secrets: from the environment, a key file it names, or ``FOLDER/key``."""
-        if key := WrappingKey.from_environment(environ):
-            return key
-        named = environ.get(KEY_FILE_VARIABLE)
-        return WrappingKey.from_file(Path(named) if named else self.path / "key")
 
 
 @dataclass(frozen=True)
@@ -129,9 +121,7 @@ def create_safe(path: Path, environ: Mapping[str, str] = os.environ) -> SafeFold
             )
     except OSError as error:
         raise SecretError(f"{path}: cannot be created ({error.strerror})") from None
-    if not (WrappingKey.from_environment(environ) or environ.get(KEY_FILE_VARIABLE)):
-        WrappingKey(key=secrets.token_bytes(KEY_BYTES)).write(path / "key")
-    key = folder.wrapping_key(environ)
+    key = WrappingKey.made_for_folder(path, environ)
     identity = Identity.generate()
     identity.save(folder.identity, key=key)
     identity.public.save(folder.public_identity)
@@ -158,7 +148,7 @@ def open_safe(
     damaged.
     """
     folder = SafeFolder(path)
-    key = folder.wrapping_key(environ)
+    key = WrappingKey.of_folder(path, environ)
     identity = Identity.load(folder.identity, key=key)
     secret = read_secret(path / "ledger.secret", key=key, purpose=_LEDGER_PURPOSE)
     log = AuditLog(folder.audit_log, identity, clock)

@@ -29,6 +29,7 @@ from common.errors import SecretError
 KEY_BYTES = 32
 KEY_VARIABLE = "CONSILIUM_KEY"
 PASSPHRASE_VARIABLE = "CONSILIUM_PASSPHRASE"  # noqa: S105 - the name of a variable
+KEY_FILE_VARIABLE = "CONSILIUM_KEY_FILE"
 
 _MAGIC = b"consilium-secret-1\n"
 _SALT_BYTES = 16
@@ -68,6 +69,20 @@ class WrappingKey:
         if environ.get(PASSPHRASE_VARIABLE):
             return cls(passphrase=environ[PASSPHRASE_VARIABLE])
         return None
+
+    @classmethod
+    def of_folder(cls, folder: Path, environ: Mapping[str, str]) -> WrappingKey:
+        """What opens ``folder``: the environment's, a key file it names, or ``folder/key``."""
+        if key := cls.from_environment(environ):
+            return key
+        return cls.from_file(Path(environ.get(KEY_FILE_VARIABLE) or folder / "key"))
+
+    @classmethod
+    def made_for_folder(cls, folder: Path, environ: Mapping[str, str]) -> WrappingKey:
+        """The same for a new folder; a new key in ``folder/key`` unless the environment has one."""
+        if not (cls.from_environment(environ) or environ.get(KEY_FILE_VARIABLE)):
+            cls(key=secrets.token_bytes(KEY_BYTES)).write(folder / "key")
+        return cls.of_folder(folder, environ)
 
     def write(self, path: Path) -> None:
         """Write the random key as a key file of mode 0600; an existing one is never replaced."""
