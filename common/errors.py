@@ -7,6 +7,12 @@
     ├── DataError             a hospital's data do not fit the dictionary
     ├── PrivacyError          a privacy parameter is unsound, or a budget would be exceeded
     ├── RefusalError          a hospital declines a request; names the rule that decided
+    ├── PolicyError           a hospital's policy file is missing, unsigned or says the impossible
+    ├── LedgerError           the budget ledger is damaged, rolled back, or cannot be written
+    ├── AuditError            the audit log was edited, cut or reordered, or cannot be written
+    ├── SecretError           a key or secret file cannot be opened, or anyone could read it
+    ├── SignatureError        a signature is not by the expected key over these bytes
+    ├── SecAggError           a secure aggregation cannot be completed, or its terms are unsound
     ├── MessageError          a message from the other side is malformed or out of place
     └── RunError              a run folder cannot be created, read or resumed
 
@@ -37,7 +43,40 @@ class PrivacyError(ConsiliumError):
 
 
 class RefusalError(ConsiliumError):
-    """A hospital declines a request."""
+    """A hospital declines a request.
+
+    ``rule`` names what decided, such as ``budget.epsilon_lifetime``. The message may hold facts
+    that stay at the hospital (a cohort's size): only the rule's name is for the coordinator.
+    """
+
+    def __init__(self, message: str, *, rule: str = "") -> None:
+        """``message``: rule, what was found, the limit, what to do."""
+        super().__init__(message)
+        self.rule = rule
+
+
+class PolicyError(ConsiliumError):
+    """A hospital's policy file cannot be relied on."""
+
+
+class LedgerError(ConsiliumError):
+    """The budget ledger cannot be relied on, or cannot be written."""
+
+
+class AuditError(ConsiliumError):
+    """The audit log cannot be relied on, or cannot be written."""
+
+
+class SecretError(ConsiliumError):
+    """A key or secret file cannot be opened, or is not secret."""
+
+
+class SignatureError(ConsiliumError):
+    """A signature does not verify."""
+
+
+class SecAggError(ConsiliumError):
+    """A secure aggregation cannot be completed, or its terms are unsound."""
 
 
 class MessageError(ConsiliumError):

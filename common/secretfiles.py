@@ -1,0 +1,212 @@
+"""Secrets at rest: AES-256-GCM files that only their owner can read.
+
+A file holds ``magic | kind | salt | nonce | ciphertext``. Its key comes from the hospital's
+wrapping key, which is 32 random bytes (a key file or an environment variable) or a passphrase
+(scrypt). The file's purpose is authenticated with it, so that one secret cannot stand in for
+another. Files are replaced atomically: a crash leaves the old content or the new.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import hashlib
+import os
+import secrets
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from common.errors import SecretError
+
+KEY_BYTES = 32
+KEY_VARIABLE = "CONSILIUM_KEY"
+PASSPHRASE_VARIABLE = "CONSILIUM_PASSPHRASE"  # noqa: S105 - the name of a variable
+
+_MAGIC = b"consilium-secret-1\n"
+_SALT_BYTES = 16
+_NONCE_BYTES = 12
+# 64 MiB and about 0.2 s a guess.
+_SCRYPT_COST, _SCRYPT_BLOCK, _SCRYPT_MEMORY = 2**16, 8, 2**27
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrappingKey:
+    """What opens a hospital's secret files: random ``key`` bytes or a ``passphrase``."""
+
+    key: bytes = field(default=b"", repr=False)
+    passphrase: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse an empty or short key."""
+        if bool(self.key) == bool(self.passphrase):
+            raise SecretError("wrapping key: expected either a key or a passphrase, not both")
+        if self.key and len(self.key) != KEY_BYTES:
+            raise SecretError(
+                f"wrapping key: expected {KEY_BYTES} bytes, found {len(self.key)}; "
+                f"create one with `consilium hospital init`"
+            )
+
+    @classmethod
+    def from_file(cls, path: Path) -> WrappingKey:
+        """The key in a file of 44 base64 characters that nobody else can read."""
+        check_private(path)
+        return cls(key=_decoded(_read(path), str(path)))
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> WrappingKey | None:
+        """The key in ``CONSILIUM_KEY`` or the passphrase in ``CONSILIUM_PASSPHRASE``, if set."""
+        if environ.get(KEY_VARIABLE):
+            return cls(key=_decoded(environ[KEY_VARIABLE].encode(), KEY_VARIABLE))
+        if environ.get(PASSPHRASE_VARIABLE):
+            return cls(passphrase=environ[PASSPHRASE_VARIABLE])
+        return None
+
+    def write(self, path: Path) -> None:
+        """Write the random key as a key file of mode 0600; an existing one is never replaced."""
+        if path.exists():
+            raise SecretError(f"{path}: a key file exists; move it away rather than overwrite it")
+        replace_file(path, base64.b64encode(self.key) + b"\n")
+
+    def _file_key(self, salt: bytes) -> bytes:
+        if self.passphrase:
+            return hashlib.scrypt(
+                self.passphrase.encode(),
+                salt=salt,
+                n=_SCRYPT_COST,
+                r=_SCRYPT_BLOCK,
+                p=1,
+                maxmem=_SCRYPT_MEMORY,
+                dklen=KEY_BYTES,
+            )
+        return derive(self.key, "secret file", salt)
+
+
+def derive(key: bytes, purpose: str, salt: bytes = b"") -> bytes:
+    """An independent 32-byte key for ``purpose`` (HKDF-SHA256, RFC 5869)."""
+    info = f"consilium {purpose}".encode()
+    return HKDF(algorithm=hashes.SHA256(), length=KEY_BYTES, salt=salt or None, info=info).derive(
+        key
+    )
+
+
+def seal(key: bytes, data: bytes, context: bytes) -> bytes:
+    """``data`` encrypted and authenticated together with ``context`` (AES-256-GCM)."""
+    nonce = secrets.token_bytes(_NONCE_BYTES)
+    return nonce + AESGCM(key).encrypt(nonce, data, context)
+
+
+def unseal(key: bytes, sealed: bytes, context: bytes) -> bytes:
+    """What ``seal`` encrypted; raises SecretError for another key, context or content."""
+    try:
+        return AESGCM(key).decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], context)
+    except (InvalidTag, ValueError):
+        raise SecretError(
+            "encrypted data: the key is not the one it was written with, or it was changed"
+        ) from None
+
+
+def write_secret(path: Path, data: bytes, *, key: WrappingKey, purpose: str) -> None:
+    """Encrypt ``data`` into ``path`` (mode 0600), atomically and durably."""
+    salt = secrets.token_bytes(_SALT_BYTES)
+    kind = b"P" if key.passphrase else b"K"
+    sealed = seal(key._file_key(salt), data, _MAGIC + kind + purpose.encode())
+    replace_file(path, _MAGIC + kind + salt + sealed)
+
+
+def read_secret(path: Path, *, key: WrappingKey, purpose: str) -> bytes:
+    """The content of a file by ``write_secret``.
+
+    Raises SecretError when the file is missing, open to others, not ours, or of another key.
+    """
+    check_private(path)
+    content = _read(path)
+    kind = b"P" if key.passphrase else b"K"
+    if not content.startswith(_MAGIC) or len(content) <= len(_MAGIC) + 1 + _SALT_BYTES:
+        raise SecretError(f"{path}: expected a secret file of this program; restore a backup")
+    start = len(_MAGIC)
+    if content[start : start + 1] != kind:
+        wanted = "passphrase" if content[start : start + 1] == b"P" else "key"
+        raise SecretError(f"{path}: was written with a {wanted}; give that instead")
+    salt = content[start + 1 : start + 1 + _SALT_BYTES]
+    try:
+        return unseal(
+            key._file_key(salt),
+            content[start + 1 + _SALT_BYTES :],
+            _MAGIC + kind + purpose.encode(),
+        )
+    except SecretError:
+        raise SecretError(
+            f"{path}: this key does not open it; expected the key that this folder was created "
+            f"with (or the file was changed: restore a backup)"
+        ) from None
+
+
+def check_private(path: Path) -> None:
+    """Refuse a file that is missing, a link, somebody else's, or readable by others."""
+    try:
+        status = path.lstat()
+    except OSError as error:
+        raise SecretError(f"{path}: cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise SecretError(f"{path}: expected a plain file, found a link, folder or device")
+    if status.st_uid != os.geteuid():
+        raise SecretError(f"{path}: belongs to user {status.st_uid}; expected {os.geteuid()}")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        raise SecretError(
+            f"{path}: expected mode 600, found {stat.S_IMODE(status.st_mode):o}: others can open "
+            f"it; run `chmod 600` and replace the secret if anyone may have read it"
+        )
+
+
+def replace_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Replace ``path`` by ``data`` at once: after a crash it holds the old bytes or the new.
+
+    Raises SecretError when the folder cannot be written or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        sync_folder(path.parent)
+    except OSError as error:
+        raise SecretError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename or a new file in ``folder`` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SecretError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _decoded(text: bytes, name: str) -> bytes:
+    try:
+        return base64.b64decode(text.strip(), validate=True)
+    except binascii.Error:
+        raise SecretError(f"{name}: expected {KEY_BYTES} bytes in base64") from None
