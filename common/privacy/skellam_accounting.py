@@ -26,7 +26,8 @@ The replace-one relation under sampling has no such proof here and is refused.
 
 **Why not PLD.** A privacy loss distribution needs the worst pair of neighbours. In one dimension
 it is known; among integer vectors of bounded L1 and L2 norm it is not, and the one-dimensional
-worst case does not bound it. The price of RDP against PLD is some percent of noise.
+worst case does not bound it. The price of RDP against PLD is some percent of noise (8.5 % at ε = 1,
+δ = 1e-5). Where the variance is large enough, ``common.privacy.skellam_gaussian`` avoids it.
 """
 
 from __future__ import annotations
