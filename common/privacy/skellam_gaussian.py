@@ -91,7 +91,7 @@ def _bound(variance: float, step: int) -> tuple[float, float] | None:
     if square <= variance / 2:
         return None
     scale = math.sqrt(variance)
-    t = _GRID / scale
+    t: NDArray[np.float64] = np.asarray(_GRID / scale, dtype=np.float64)
     if t[-1] >= math.pi / 2:
         return None
     # log φ - log φ_K beyond the fourth order.

@@ -165,8 +165,9 @@ class Encoding:
         """The encoding with the largest useful power of two as its scale.
 
         ``units``: most units a hospital is expected to sum; beyond, single coordinates may be
-        limited. A scale that makes rounding widen the sensitivity by less than 0.1 % is not
-        raised further: smaller integers make noise quicker to draw.
+        limited. The scale is not raised further once rounding widens the sensitivity by less than
+        0.1 % and the noise is fine enough to be charged as Gaussian
+        (``common.privacy.skellam_gaussian``).
         """
 
         def at(power: int) -> Encoding:
@@ -176,7 +177,10 @@ class Encoding:
                 rounding=rounding,
             )  # fmt: skip
 
-        finest = math.ceil(math.log2(1000 * math.sqrt(length) / clip_norm))
+        fine = 1000 * math.sqrt(length)
+        if noise_multiplier:
+            fine = max(fine, 2**12 * length**0.25 / noise_multiplier)
+        finest = math.ceil(math.log2(fine / clip_norm))
         for power in range(finest, finest - 40, -1):
             try:
                 encoding = at(power)
