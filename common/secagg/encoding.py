@@ -29,7 +29,7 @@ import math
 import struct
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,8 +42,10 @@ Rounding = Literal["nearest", "stochastic"]
 _RANGE = 2**31 - 1
 # Room for the noise of all coordinates of one release, but for this probability.
 _TAIL_BITS = 64
+# Far less would underflow; real noise is counted in thousands.
+_SMALLEST_VARIANCE = 2.0**-10
 _BETA = math.exp(-0.5)
-_PIECE = 2**18
+_PIECE = 2**16
 # Rounding error of norms and products in float64 stays far below this fraction.
 _FLOAT_SLACK = 2.0**-30
 
@@ -77,6 +79,11 @@ class Encoding:
             )
         if not (self.length >= 1 and 1 <= self.threshold <= self.hospitals):
             raise SecAggError("encoding: expected a length and a threshold of at least 1")
+        if self.noise_multiplier and self.variance < _SMALLEST_VARIANCE:
+            raise PrivacyError(
+                f"noise: a variance of {self.variance:.3g} integers is too little to be noise; "
+                f"use a larger scale or noise multiplier"
+            )
         share_variance(self.variance, threshold=self.threshold, colluders=self.colluders)
         one_unit = math.ceil(self.scale * self.clip_norm) + 1
         if self.signal_bound < one_unit:
@@ -231,9 +238,15 @@ class Encoding:
         squares = math.fsum(_squares(update[None, piece])[0] for piece in pieces)
         factor = float(self._factors(np.array([squares]))[0])
         vector = np.empty(self.length, dtype="<i4")
+        room = np.empty(min(_PIECE, self.length))
         for piece in pieces:
-            scaled = update[piece].astype(np.float64) * factor if factor else 0 * vector[piece]
-            vector[piece] = self._noised(np.rint(scaled).astype(np.int64), noise)
+            scaled = room[: len(update[piece])]
+            if factor:
+                np.multiply(update[piece], factor, out=scaled, dtype=np.float64)
+            else:
+                scaled[:] = 0
+            np.rint(scaled, out=scaled)
+            vector[piece] = self._noised(scaled, noise)
         return vector
 
     def decode(self, values: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -255,15 +268,15 @@ class Encoding:
         factors = self.scale * limit / np.maximum(norms, limit)
         return np.where(np.isfinite(squares), factors, 0.0)
 
-    def _noised(self, total: NDArray[np.int64], noise: Stream | None) -> NDArray[np.int64]:
+    def _noised(self, total: NDArray[Any], noise: Stream | None) -> NDArray[Any]:
+        """Integers within ``input_bound``; float64 holds them exactly."""
         limited = np.clip(total, -self.signal_bound, self.signal_bound)
-        if self.variance:
-            if noise is None:
-                raise ValueError("the encoding has noise: a secret stream is needed")
-            share = share_variance(
-                self.variance, threshold=self.threshold, colluders=self.colluders
-            )
-            limited += skellam(noise, len(limited), share)
+        if not self.noise_multiplier:
+            return limited
+        if noise is None:
+            raise ValueError("the encoding has noise: a secret stream is needed")
+        share = share_variance(self.variance, threshold=self.threshold, colluders=self.colluders)
+        limited += skellam(noise, len(limited), share)
         # Beyond it with probability below 2⁻⁶⁴ only; the limit then keeps the sum from wrapping.
         return np.clip(limited, -self.input_bound, self.input_bound, out=limited)
 
