@@ -110,7 +110,7 @@ def epsilon(events: Iterable[Event], *, delta: float, relation: Relation) -> flo
 
     >>> event = SkellamEvent(l2_sensitivity=1024, l1_sensitivity=8192, variance=4096.0**2)
     >>> round(epsilon([event], delta=1e-5, relation=Relation.ADD_REMOVE), 2)
-    1.02
+    1.01
     """
     check_delta(delta)
     total = np.zeros(len(ORDERS))

@@ -65,7 +65,7 @@ def gaussian_equivalent(
     (``common.privacy.skellam_accounting``), or a larger scale.
 
     >>> found = gaussian_equivalent(2.0**28, length=513)
-    >>> found.std / 2**14 > 0.9999
+    >>> found.std / 2**14 > 0.999
     True
     """
     if variance >= SMALLEST_VARIANCE:

@@ -270,7 +270,7 @@ class Encoding:
 
     def _noised(self, total: NDArray[Any], noise: Stream | None) -> NDArray[Any]:
         """Integers within ``input_bound``; float64 holds them exactly."""
-        limited = np.clip(total, -self.signal_bound, self.signal_bound)
+        limited: NDArray[Any] = np.clip(total, -self.signal_bound, self.signal_bound)
         if not self.noise_multiplier:
             return limited
         if noise is None:
@@ -278,7 +278,8 @@ class Encoding:
         share = share_variance(self.variance, threshold=self.threshold, colluders=self.colluders)
         limited += skellam(noise, len(limited), share)
         # Beyond it with probability below 2⁻⁶⁴ only; the limit then keeps the sum from wrapping.
-        return np.clip(limited, -self.input_bound, self.input_bound, out=limited)
+        np.clip(limited, -self.input_bound, self.input_bound, out=limited)
+        return limited
 
     def _rounded(self, scaled: NDArray[np.float64], stream: Stream | None) -> NDArray[np.int64]:
         if self.rounding == "nearest":
