@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from client import rounds
 from client.hospital import Hospital, open_hospital
-from common.errors import DataError
+from common.errors import DataError, RefusalError
 from common.flower import pack, unpack
 from common.wire import EvaluateTask, Hello, StatisticsTask, TrainTask
 
-OpenHospital = Callable[[Context], Hospital]
+OpenHospital = Callable[[Context], AbstractContextManager[Hospital]]
+
+_logger = logging.getLogger(__name__)
+
+_REFUSED, _FAILED = 1, 2
 
 
 def build_client_app(hospital_of: OpenHospital) -> ClientApp:
@@ -24,8 +30,13 @@ def build_client_app(hospital_of: OpenHospital) -> ClientApp:
 
     def serve(kind: type[Any], act: Callable[[Hospital, Any], Any]) -> Callable[..., Message]:
         def handle(message: Message, context: Context) -> Message:
-            hospital = hospital_of(context)
-            reply = act(hospital, unpack(kind, message.content))
+            try:
+                with hospital_of(context) as hospital:
+                    reply = act(hospital, unpack(kind, message.content))
+            except Exception as error:
+                # In full here, at the hospital; the coordinator learns no number and no name.
+                _logger.warning("node %d: %s", context.node_id, error)
+                return Message(_told(error), reply_to=message)
             return Message(pack(reply), reply_to=message)
 
         return handle
@@ -37,18 +48,29 @@ def build_client_app(hospital_of: OpenHospital) -> ClientApp:
     return app
 
 
-def _hospital_from_context(context: Context) -> Hospital:
+def _told(error: Exception) -> Error:
+    """What the coordinator may know of a failure: the rule that refused, or that there was one.
+
+    Messages of errors can hold counts, cohort sizes or cells of patients' rows.
+    """
+    if isinstance(error, RefusalError):
+        return Error(code=_REFUSED, reason=f"refused by rule {error.rule or 'request'}")
+    return Error(code=_FAILED, reason=f"failed ({type(error).__name__}); see the hospital's log")
+
+
+def _hospital_from_context(context: Context) -> AbstractContextManager[Hospital]:
     """The hospital in this node's own folder.
 
     ``hospital-folder`` in the node's configuration names it. In Flower's simulation, nodes are
-    numbered: ``partition-id`` picks a folder below the run's ``hospitals``, in order of name.
+    numbered: ``partition-id`` picks one of ``hospitals/*`` below the run's ``folder``, in order of
+    name.
     """
     seed = int(context.run_config.get("noise-seed", -1))
     noise_seed = seed if seed >= 0 else None
     own = context.node_config.get("hospital-folder")
     if own:
         return open_hospital(Path(str(own)), noise_seed=None)
-    root = Path(str(context.run_config.get("hospitals", "")))
+    root = Path(str(context.run_config.get("folder", ""))) / "hospitals"
     folders = sorted(path.parent for path in root.glob("*/hospital.toml"))
     number = int(context.node_config.get("partition-id", -1))
     if not 0 <= number < len(folders):

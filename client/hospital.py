@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
+from client.guard import Guard, LedgerGuard, MemoryGuard
+from client.safe import open_safe
 from common.dictionary import Strict
-from common.errors import DataError
+from common.errors import DataError, RefusalError
 from common.features import FeatureMap
 from common.learning.records import Records
 from common.privacy.units import PrivacyUnit
@@ -30,7 +34,8 @@ class Hospital:
     """Everything a round needs at one hospital.
 
     ``train`` and ``test`` hold different patients. ``declared_patients`` is public: the hospital's
-    own rounded word, used to weigh and to divide, never its true count.
+    own rounded word, used to weigh and to divide, never its true count. ``guard`` lets releases
+    pass; nothing else may.
     """
 
     name: str
@@ -38,67 +43,87 @@ class Hospital:
     train: Table
     test: Table
     declared_patients: int
-    noise: NoiseSource
-    cohort_digest: str = field(default="", compare=False)
+    guard: Guard
 
-    def __post_init__(self) -> None:
-        """Fix the digest that binds noise to these very rows."""
-        if not self.cohort_digest:
-            object.__setattr__(self, "cohort_digest", _digest(self.train))
-
-    def training_records(self, features: FeatureMap) -> Records:
-        """The training records by privacy unit, labels as targets."""
-        owners, units = units_of(self.train, self.study.privacy.unit)
-        return Records(
-            inputs=features.encode(self.train),
-            targets=torch.from_numpy(self.train.labels),
-            owners=torch.from_numpy(owners),
-            units=units,
+    def admitted(self, table: Table, round_number: int) -> Table:
+        """The rows of ``table`` whose patients may be used in this round."""
+        allowed = self.guard.admit(
+            dict.fromkeys(table.patients), study=self.study.name, round_number=round_number
         )
+        keep = np.array([patient in allowed for patient in table.patients], dtype=bool)
+        return table if keep.all() else table.take(np.flatnonzero(keep))
+
+
+def records_of(table: Table, features: FeatureMap, unit: PrivacyUnit) -> Records:
+    """Records by privacy unit, labels as targets."""
+    owners, units = units_of(table, unit)
+    return Records(
+        inputs=features.encode(table),
+        targets=torch.from_numpy(table.labels),
+        owners=torch.from_numpy(owners),
+        units=units,
+    )
 
 
 class HospitalFile(Strict):
     """``hospital.toml``: which data, under which name, with which public size.
 
-    ``noise_key_file``: 32 secret bytes beside this file, made on first use.
+    ``safe``: the folder made by `consilium hospital init`, with keys, policy, ledger and log. Left
+    out, the hospital is a simulated one: its noise key lies beside this file, nothing it spends is
+    remembered, and the privacy statement says that nothing is guaranteed.
     """
 
     name: str = Field(min_length=1)
     study: str = Field(min_length=1)
     declared_patients: int = Field(ge=1)
     source: SourceSpec
-    noise_key_file: str = "noise.key"
+    safe: str = ""
 
 
-def open_hospital(folder: Path, *, noise_seed: int | None = None) -> Hospital:
-    """The hospital described by ``folder/hospital.toml``.
+@contextmanager
+def open_hospital(folder: Path, *, noise_seed: int | None = None) -> Iterator[Hospital]:
+    """The hospital described by ``folder/hospital.toml``, its safe open as long as it is used.
 
-    ``noise_seed`` replaces the secret noise by test noise, which protects nobody.
+    ``noise_seed`` replaces the secret noise by test noise, which protects nobody; a hospital with a
+    safe refuses it.
     """
     path = folder / "hospital.toml"
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; a hospital's folder needs one") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not valid TOML: {error}") from None
     settings = parse_strict(HospitalFile, tree, origin=str(path))
     study = load_study(folder / settings.study)
     table = read_table(settings.source, study.dictionary, folder)
     train, test = split_patients(table, study.evaluation, seed=study.seed, name=settings.name)
-    noise: NoiseSource = (
-        SecretNoise(_key(folder / settings.noise_key_file))
-        if noise_seed is None
-        else SeededNoise(noise_seed, settings.name)
-    )
-    return Hospital(
-        name=settings.name,
-        study=study,
-        train=train,
-        test=test,
-        declared_patients=settings.declared_patients,
-        noise=noise,
-    )
+
+    def with_guard(guard: Guard) -> Hospital:
+        return Hospital(
+            name=settings.name,
+            study=study,
+            train=train,
+            test=test,
+            declared_patients=settings.declared_patients,
+            guard=guard,
+        )
+
+    if not settings.safe:
+        noise: NoiseSource = (
+            SecretNoise(_key(folder / "noise.key"))
+            if noise_seed is None
+            else SeededNoise(noise_seed, settings.name)
+        )
+        yield with_guard(MemoryGuard(noise, is_lasting=False))
+        return
+    if noise_seed is not None:
+        raise RefusalError(
+            f"{settings.name} refuses test noise: it has a safe, so its patients are real; "
+            f"leave noise-seed out"
+        )
+    with open_safe(folder / settings.safe) as safe:
+        yield with_guard(LedgerGuard(safe, safe.noise()))
 
 
 def split_patients(
@@ -149,9 +174,10 @@ def _owners(table: Table) -> tuple[NDArray[Any], NDArray[np.int64]]:
     return np.array(list(index), dtype=object), owners
 
 
-def _digest(table: Table) -> str:
+def rows_digest(table: Table) -> str:
     """SHA-256 over all rows; only ever mixed into a keyed derivation, never sent."""
     running = hashlib.sha256()
+    running.update(f"{len(table)}|".encode())
     for name in sorted(table.values):
         running.update(np.ascontiguousarray(table.values[name]).tobytes())
     running.update(table.labels.tobytes())

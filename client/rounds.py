@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from client.hospital import Hospital, units_of
+from client.guard import Release, request_digest
+from client.hospital import Hospital, records_of, rows_digest, units_of
 from common.errors import RefusalError
 from common.features import FeatureMap, moment_contributions, scaling_from_tensor
 from common.learning import loop
@@ -19,10 +20,11 @@ from common.learning.gradients import (
 from common.learning.loop import Gradient
 from common.learning.records import Records
 from common.models import Student, Teacher, build_student, build_teacher
-from common.privacy.budget import Charge, budget_of
+from common.privacy.budget import Charge, budget_of, evaluation_charge
 from common.privacy.plan import combine_records
 from common.randomness import Stream
 from common.study import OptimiserSpec, Study
+from common.tables import Table
 from common.tasks import task_named
 from common.tensors import digest_tensors, get_vector
 from common.wire import (
@@ -40,24 +42,30 @@ from common.wire import (
 def hello(hospital: Hospital, task: Hello) -> HelloReply:
     """Public facts only. Refuses a study this hospital does not hold."""
     _same_study(hospital, task.study_digest)
+    guard = hospital.guard
     return HelloReply(
         hospital=hospital.name,
         study_digest=hospital.study.digest(),
         declared_patients=hospital.declared_patients,
-        secret_noise=hospital.noise.is_secret,
+        secret_noise=guard.noise.is_secret and guard.is_lasting,
     )
 
 
 def statistics(hospital: Hospital, task: StatisticsTask) -> StatisticsReply:
     """One noised sum of bounded moments per numeric column, charged to the training patients."""
     _same_study(hospital, task.study_digest)
-    plan = _charge(hospital.study, "statistics", 0).plan
-    owners, units = units_of(hospital.train, hospital.study.privacy.unit)
-    each = combine_records(moment_contributions(hospital.train), torch.from_numpy(owners), units)
-    stream = hospital.noise.stream(
-        "statistics", task.study_digest, task.attempt, hospital.cohort_digest
-    )
-    sums = plan.noised(plan.clipped_sum(each), stream) if plan.private else each.sum(dim=0)
+    charge = _charge(hospital, "statistics", 0)
+    table = hospital.admitted(hospital.train, 0)
+    owners, units = units_of(table, hospital.study.privacy.unit)
+
+    def compute(stream: Stream) -> Tensor:
+        each = combine_records(moment_contributions(table), torch.from_numpy(owners), units)
+        plan = charge.plan
+        return plan.noised(plan.clipped_sum(each), stream) if plan.private else each.sum(dim=0)
+
+    request = request_digest("statistics", task.study_digest, task.attempt)
+    asked = _release(hospital, charge, table, units, round_number=0, request=request)
+    sums = hospital.guard.release(asked, compute)
     return StatisticsReply(hospital=hospital.name, sums=sums.reshape(-1, 3))
 
 
@@ -65,9 +73,10 @@ def train(hospital: Hospital, task: TrainTask) -> TrainReply:
     """One round of local steps; the reply holds only how noised gradients moved the weights."""
     study = hospital.study
     _same_study(hospital, task.study_digest)
-    charge = _charge(study, task.stage, task.round)
+    charge = _charge(hospital, task.stage, task.round)
     features = FeatureMap(study.dictionary, scaling_from_tensor(study.dictionary, task.scaling))
-    records = hospital.training_records(features)
+    table = hospital.admitted(hospital.train, task.round)
+    records = records_of(table, features, study.privacy.unit)
     teacher = load_teacher(study, features, task.teacher)
     if task.stage == "finetune":
         model: Teacher | Student = freeze_for_finetune(study, teacher)
@@ -77,7 +86,24 @@ def train(hospital: Hospital, task: TrainTask) -> TrainReply:
         model = load_student(study, features, task.student)
         records, loss = taught_records(study, teacher, records)
         spec = study.distill.optimiser
-    stream = hospital.noise.stream(
+    start = get_vector(model)
+
+    def compute(stream: Stream) -> Tensor:
+        final = _local_steps(
+            model,
+            loss,
+            records,
+            charge,
+            spec,
+            start,
+            round_number=task.round,
+            declared=hospital.declared_patients,
+            stream=stream,
+            proximal_mu=study.federation.proximal_mu,
+        )
+        return final - start
+
+    request = request_digest(
         "train",
         task.study_digest,
         task.stage,
@@ -86,46 +112,44 @@ def train(hospital: Hospital, task: TrainTask) -> TrainReply:
         digest_tensors(task.teacher),
         digest_tensors(task.student),
         digest_tensors({"scaling": task.scaling}),
-        hospital.cohort_digest,
     )
-    start = get_vector(model)
-    final = _local_steps(
-        model,
-        loss,
-        records,
-        charge,
-        spec,
-        start,
-        round_number=task.round,
-        declared=hospital.declared_patients,
-        stream=stream,
-        proximal_mu=study.federation.proximal_mu,
+    asked = _release(
+        hospital, charge, table, records.units, round_number=task.round, request=request
     )
-    return TrainReply(
-        hospital=hospital.name, stage=task.stage, round=task.round, update=final - start
-    )
+    update = hospital.guard.release(asked, compute)
+    return TrainReply(hospital=hospital.name, stage=task.stage, round=task.round, update=update)
 
 
 def evaluate(hospital: Hospital, task: EvaluateTask) -> EvaluateReply:
     """Score the test patients. Leaves as a noised histogram, or not at all."""
     study = hospital.study
     _same_study(hospital, task.study_digest)
-    nothing = EvaluateReply(hospital=hospital.name, histogram=torch.zeros(0, 0))
-    if study.evaluation.epsilon is None:
-        return nothing
+    charge = evaluation_charge(study)
+    if charge is None:
+        return EvaluateReply(hospital=hospital.name, histogram=torch.zeros(0, 0))
     features = FeatureMap(study.dictionary, scaling_from_tensor(study.dictionary, task.scaling))
     student = load_student(study, features, task.student)
-    probabilities = task_named(study.task).probabilities(
-        answer(student, features.encode(hospital.test))
+    table = hospital.admitted(hospital.test, 0)
+    owners, units = units_of(table, study.privacy.unit)
+
+    def compute(stream: Stream) -> Tensor:
+        probabilities = task_named(study.task).probabilities(
+            answer(student, features.encode(table))
+        )
+        return charged_histogram(
+            study, charge.plan, table.labels, probabilities.double().numpy(), owners, stream
+        )
+
+    request = request_digest(
+        "evaluate",
+        task.study_digest,
+        digest_tensors(task.student),
+        digest_tensors({"scaling": task.scaling}),
     )
-    owners, _ = units_of(hospital.test, study.privacy.unit)
-    stream = hospital.noise.stream(
-        "evaluate", task.study_digest, digest_tensors(task.student), hospital.cohort_digest
-    )
-    histogram = charged_histogram(
-        study, hospital.test.labels, probabilities.double().numpy(), owners, stream
-    )
-    return EvaluateReply(hospital=hospital.name, histogram=histogram)
+    asked = _release(hospital, charge, table, units, round_number=0, request=request)
+    histogram = hospital.guard.release(asked, compute)
+    classes = len(study.dictionary.label.classes)
+    return EvaluateReply(hospital=hospital.name, histogram=histogram.reshape(classes, -1))
 
 
 def load_teacher(study: Study, features: FeatureMap, tensors: dict[str, Tensor]) -> Teacher:
@@ -212,10 +236,10 @@ def _same_study(hospital: Hospital, digest: str) -> None:
         )
 
 
-def _charge(study: Study, stage: str, round_number: int) -> Charge:
+def _charge(hospital: Hospital, stage: str, round_number: int) -> Charge:
     """The stage's charge from the hospital's own copy of the study; σ is never taken on trust."""
     try:
-        charge = budget_of(study).charge(stage)
+        charge = budget_of(hospital.study).charge(stage)
     except KeyError:
         raise RefusalError(f"refused: the study has no charged stage {stage!r}") from None
     if not 0 <= round_number < charge.rounds:
@@ -223,3 +247,42 @@ def _charge(study: Study, stage: str, round_number: int) -> Charge:
             f"refused: {stage} has rounds 0 to {charge.rounds - 1}, found round {round_number}"
         )
     return charge
+
+
+def _release(
+    hospital: Hospital, charge: Charge, table: Table, units: int, *, round_number: int, request: str
+) -> Release:
+    """The facts on which the hospital's guard decides."""
+    study, plan = hospital.study, charge.plan
+    _sound_delta(hospital, units)
+    testing = charge.stage == "evaluate"
+    return Release(
+        study=study.name,
+        study_digest=study.digest(),
+        task=study.task,
+        stage=charge.stage,
+        round=round_number,
+        request=request,
+        rows=rows_digest(table),
+        pool="test" if testing else "train",
+        trust=study.privacy.trust.value,
+        unit=study.privacy.unit,
+        relation=study.privacy.relation,
+        records_per_patient=plan.records_per_unit,
+        events=charge.events(1),
+        patients=tuple(dict.fromkeys(table.patients)),
+        # The round fails below the study's minimum, so that many others take part.
+        peers=study.federation.minimum_hospitals - 1,
+        epsilon=study.evaluation.epsilon if testing else study.privacy.epsilon,
+        delta=study.privacy.delta,
+    )
+
+
+def _sound_delta(hospital: Hospital, units: int) -> None:
+    """A δ of one in the cohort's size or more would allow publishing somebody whole."""
+    delta = hospital.study.privacy.delta
+    if delta is not None and delta * units >= 1:
+        raise RefusalError(
+            f"{hospital.name} refuses: expected δ below one divided by its number of patients, "
+            f"found δ = {delta:g}; lower privacy.delta"
+        )

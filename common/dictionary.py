@@ -50,6 +50,11 @@ class Column(Strict):
                     f"a numeric column needs range = [lowest, highest] with lowest below highest, "
                     f"found {self.range}"
                 )
+            if any(code in self.range for code in self.missing):
+                raise ValueError(
+                    f"missing codes {list(self.missing)} must differ from both ends of range = "
+                    f"{list(self.range)}, to which implausible values are clipped"
+                )
             if self.typical is not None and self.typical[1] <= 0:
                 raise ValueError(
                     f"typical = [mean, standard deviation] needs a standard deviation above 0, "

@@ -213,9 +213,9 @@ class EvaluationSpec(Strict):
 
 
 class HospitalData(Strict):
-    """One hospital of a simulation with natural sites."""
+    """One hospital of a simulation with natural sites. ``name`` also names its folder."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
     source: SourceSpec
 
 
@@ -304,6 +304,12 @@ class Study(Strict):
             raise ValueError(
                 "public.kind = 'dictionary' cannot draw images: set 'held_apart' or 'file'"
             )
+        if self.scaling == "private" and not any(
+            column.kind == "numeric" for column in self.dictionary.columns
+        ):
+            raise ValueError(
+                "scaling = 'private' needs a numeric column to scale; did you mean 'ranges'?"
+            )
         for stage, optimiser, private in (
             ("finetune", self.finetune.optimiser, True),
             ("distill", self.distill.optimiser, self.distill.on == "patients"),
@@ -317,6 +323,15 @@ class Study(Strict):
             raise ValueError(
                 f"privacy.delta: expected far below 1 / patients (1e-5 is usual), "
                 f"found {self.privacy.delta}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_is_protected(self) -> Self:
+        if self.privacy.trust is Trust.NONE and self.evaluation.epsilon is not None:
+            raise ValueError(
+                "evaluation.epsilon has no meaning with trust = 'none', which adds no noise; "
+                "leave it out"
             )
         return self
 
@@ -391,7 +406,7 @@ def _one_line(model: type[Strict], error: ValidationError) -> str:
     rank = {"extra_forbidden": 0, "missing": 2}
     first = min(error.errors(include_url=False), key=lambda one: rank.get(one["type"], 1))
     location = list(first["loc"])
-    key = ".".join(str(part) for part in location)
+    key = " ".join(".".join(str(part) for part in location).split())
     found = first.get("input")
     shown = repr(found) if not isinstance(found, dict | list) else f"a {type(found).__name__}"
     kind, context = first["type"], first.get("ctx", {})

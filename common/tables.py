@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,21 +99,26 @@ def read_table(
     Raises DataError when a file or column is absent; what is merely odd in a cell is reported.
     """
     raw = _READERS[source.kind](source, folder)
-    rows = len(next(iter(raw.values())))
     values: dict[str, NDArray[Any]] = {}
     reports = []
     for column in dictionary.columns:
         cells = _cells(raw, source, column.name)
         values[column.name], report = _READ_KIND[column.kind](cells, column, source)
         reports.append(report)
+    rows = len(values[dictionary.columns[0].name])
     if labelled:
         labels = _labels(_cells(raw, source, dictionary.label.name), dictionary, source)
     else:
         labels = np.full(rows, -1, dtype=np.int64)
     if dictionary.patient_id:
-        patients = _cells(raw, source, dictionary.patient_id).astype(str).astype(object)
+        patients = _patients(_cells(raw, source, dictionary.patient_id), source)
     else:
         patients = np.array([f"row-{row}" for row in range(rows)], dtype=object)
+    lengths = {len(column) for column in (*values.values(), labels, patients)}
+    if len(lengths) > 1:
+        raise DataError(
+            f"{source.path}: expected columns of one length, found lengths {sorted(lengths)}"
+        )
     keep = np.flatnonzero(labels >= 0) if labelled else np.arange(rows)
     if len(keep) == 0:
         raise DataError(
@@ -154,16 +162,24 @@ def _problems(reports: list[ColumnReport], dictionary: Dictionary, rows: int) ->
 def _read_csv(source: SourceSpec, folder: Path) -> dict[str, NDArray[Any]]:
     path = _existing(source, folder)
     try:
-        frame = pd.read_csv(
-            path,
-            header=None if source.header else 0,
-            names=list(source.header) or None,
-            dtype=str,
-            keep_default_na=False,
-            skipinitialspace=True,
-        )
-    except (ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        with warnings.catch_warnings():
+            # Rows longer than the header: pandas would shift or drop columns, with a warning.
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            frame = pd.read_csv(
+                path,
+                header=None if source.header else 0,
+                names=list(source.header) or None,
+                index_col=False,
+                dtype=str,
+                keep_default_na=False,
+                skipinitialspace=True,
+            )
+    except pd.errors.ParserWarning:
+        raise DataError(
+            f"{path}: rows have more cells than the header has names; name every column"
+        ) from None
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path}: cannot be read as CSV: {reason}") from None
     return {str(name): frame[name].to_numpy(dtype=object) for name in frame.columns}
 
@@ -171,9 +187,9 @@ def _read_csv(source: SourceSpec, folder: Path) -> dict[str, NDArray[Any]]:
 def _read_npz(source: SourceSpec, folder: Path) -> dict[str, NDArray[Any]]:
     path = _existing(source, folder)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: cannot be read as an npz of plain arrays: {error}") from None
 
 
@@ -228,7 +244,7 @@ def _read_numeric(
     assert column.range is not None  # noqa: S101  (the dictionary refuses it otherwise)
     blanks = set(source.missing)
     absent_codes = {_key(code) for code in column.missing}
-    if cells.dtype == object:
+    if cells.dtype.kind in "OSU":
         text = pd.Series(cells).astype(str).str.strip()
         is_blank = text.isin(blanks).to_numpy()
         numbers = pd.to_numeric(text.mask(is_blank), errors="coerce").to_numpy(dtype=float)
@@ -277,8 +293,27 @@ def _read_image(
             f"{source.path}: column {column.name!r} expected images of shape {column.shape}, "
             f"found {cells.shape[1:]}"
         )
-    scale = 255.0 if cells.dtype == np.uint8 else 1.0
-    return (cells / scale).astype(np.float32), ColumnReport(name=column.name)
+    scale = float(np.iinfo(cells.dtype).max) if cells.dtype.kind in "ui" else 1.0
+    pixels = cells.astype(np.float64) / scale
+    absent = np.isnan(pixels)
+    outside = (pixels < 0) | (pixels > 1)
+    return np.clip(np.nan_to_num(pixels, nan=0.0), 0.0, 1.0).astype(np.float32), ColumnReport(
+        name=column.name,
+        missing=int(absent.any(axis=(1, 2)).sum()),
+        out_of_range=int(outside.any(axis=(1, 2)).sum()),
+    )
+
+
+def _patients(cells: NDArray[Any], source: SourceSpec) -> NDArray[np.object_]:
+    """Each row's patient. A row of nobody is refused: it could belong to a patient twice."""
+    names = np.array([str(cell).strip() for cell in cells.astype(str)], dtype=object)
+    nameless = int(np.isin(names, list(source.missing)).sum())
+    if nameless:
+        raise DataError(
+            f"{source.path}: expected a patient identifier in every row, found {nameless} rows "
+            f"without; whose records they are decides what protects them"
+        )
+    return names
 
 
 def _labels(cells: NDArray[Any], dictionary: Dictionary, source: SourceSpec) -> NDArray[np.int64]:
@@ -287,7 +322,7 @@ def _labels(cells: NDArray[Any], dictionary: Dictionary, source: SourceSpec) -> 
         index.update({_key(value): number for value in group})
     raw_recode: Mapping[str, Scalar] = source.recode.get(dictionary.label.name, {})
     recode = {_key(raw): _key(value) for raw, value in raw_recode.items()}
-    keys = [_key(cell) for cell in cells.reshape(len(cells), -1)[:, 0]]
+    keys = [_key(cell) for cell in (cells if cells.ndim == 1 else cells[:, 0])]
     return np.array([index.get(recode.get(key, key), -1) for key in keys], dtype=np.int64)
 
 

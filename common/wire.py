@@ -153,6 +153,7 @@ def from_parts(
     """The message of ``kind``; raises MessageError on anything missing, foreign or not finite."""
     types = {"str": str, "int": int, "float": float, "bool": bool}
     built: dict[str, Any] = {}
+    plain: set[str] = set()
     taken: set[str] = set()
     for one in fields(kind):  # type: ignore[arg-type]
         if one.type == "Tensor":
@@ -177,8 +178,8 @@ def from_parts(
                     f"found {type(value).__name__}"
                 )
             built[one.name] = value
-            taken.add(one.name)
-    foreign = (values.keys() | arrays.keys()) - taken
+            plain.add(one.name)
+    foreign = (values.keys() - plain) | (arrays.keys() - taken)
     if foreign:
         raise MessageError(f"{kind.__name__}: unknown field {min(foreign)!r}")
     return kind(**built)

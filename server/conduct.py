@@ -91,19 +91,28 @@ class Conductor:
     watch: Callable[[Progress], None]
     started: float
 
-    def ask(self, action: str, task: Any, kind: type[Reply]) -> Iterator[Reply]:
-        """Replies of enrolled hospitals; fewer than the study's minimum is an error."""
-        count = 0
+    def ask(
+        self,
+        action: str,
+        task: Any,
+        kind: type[Reply],
+        fits: Callable[[Reply], bool] = lambda _: True,
+    ) -> Iterator[Reply]:
+        """One fitting reply of each enrolled hospital; fewer than the study's minimum is an error.
+
+        ``fits``: whether a reply answers this very task; others are left out.
+        """
+        answered: set[str] = set()
         for reply in self.link.ask(action, task, kind):
             name = reply.hospital  # type: ignore[attr-defined]
-            if name in self.members:
-                count += 1
+            if name in self.members and name not in answered and fits(reply):
+                answered.add(name)
                 yield reply
-        if count < self.study.federation.minimum_hospitals:
+        if len(answered) < self.study.federation.minimum_hospitals:
             raise RunError(
                 f"{action}: expected answers from at least "
-                f"{self.study.federation.minimum_hospitals} hospitals, found {count}; the run "
-                f"stopped after its last finished round and can be resumed"
+                f"{self.study.federation.minimum_hospitals} hospitals, found {len(answered)}; "
+                f"the run stopped after its last finished round and can be resumed"
             )
 
     def weight(self, hospital: str) -> float:
@@ -149,19 +158,22 @@ def conduct(
     members = _members(study, link)
     desk = Conductor(study, link, run, budget, members, watch, time.monotonic())
 
-    scaling = _scaling(desk, corpus, done)
+    # As the hospitals receive it, in float32: all parties and a resumed run see the same inputs.
+    moments = scaling_tensor(study.dictionary, _scaling(desk, corpus, done))
+    scaling = scaling_from_tensor(study.dictionary, moments)
     features = FeatureMap(study.dictionary, scaling)
     public = _public_inputs(study, features, corpus)
     teacher, student = build_teacher(study, features), build_student(study, features)
     facts: dict[str, Any] = dict(done.facts) if done else {}
+    facts.pop("tail_count", None)
+    # Who took part before an interruption still did.
     facts |= {
         "teacher_parameters": count_parameters(teacher),
         "student_parameters": count_parameters(student),
-        "hospitals": sorted(members),
-        "secret_noise": all(one.secret_noise for one in members.values()),
+        "hospitals": sorted({*members, *facts.get("hospitals", ())}),
+        "secret_noise": all(one.secret_noise for one in members.values())
+        and facts.get("secret_noise", True),
     }
-    moments = scaling_tensor(study.dictionary, scaling)
-
     if done is None or done.stage == "statistics":
         loss = pretrain(study, teacher, features, public)
         facts["pretrain_loss"] = loss
@@ -232,9 +244,8 @@ def _charged_stage(
             scaling=moments,
         )
         summed = rules.Accumulator.empty(state.weights.numel())
-        for reply in desk.ask("train", task, TrainReply):
-            if reply.update.shape == state.weights.shape and reply.round == number:
-                summed = summed.add(reply.update, desk.weight(reply.hospital))
+        for reply in desk.ask("train", task, TrainReply, _answers(task, state.weights)):
+            summed = summed.add(reply.update, desk.weight(reply.hospital))
         state = rules.apply(
             desk.study.federation, state, summed.mean(), round_number=number, rounds=charge.rounds
         )
@@ -263,6 +274,17 @@ def _charged_stage(
             moments,
             facts,
             replace(state, weights=rules.result(state)),
+        )
+    )
+
+
+def _answers(task: TrainTask, weights: Tensor) -> Callable[[TrainReply], bool]:
+    return lambda reply: (
+        (reply.stage, reply.round, reply.update.shape)
+        == (
+            task.stage,
+            task.round,
+            weights.shape,
         )
     )
 
@@ -302,7 +324,10 @@ def _scaling(desk: Conductor, corpus: Table | None, done: Checkpoint | None) -> 
     plan = desk.budget.charge("statistics").plan
     task = StatisticsTask(study_digest=study.digest(), attempt=0)
     total, hospitals = None, 0
-    for reply in desk.ask("statistics", task, StatisticsReply):
+    shape = (*scaling_tensor(study.dictionary, range_scaling(study.dictionary)).shape[:1], 3)
+    for reply in desk.ask(
+        "statistics", task, StatisticsReply, lambda reply: reply.sums.shape == shape
+    ):
         total = reply.sums if total is None else total + reply.sums
         hospitals += 1
     assert total is not None  # noqa: S101  (ask() has refused an empty round)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.errors import RunError
-from common.privacy.budget import Budget, budget_of
+from common.privacy.budget import Budget, Charge, budget_of, evaluation_charge
 from common.privacy.units import Trust
 from common.study import Study
 from server.store import RunFolder
@@ -53,33 +53,24 @@ def recomputed_statement(run: RunFolder, study: Study) -> dict[str, Any]:
 
 
 def _charges(budget: Budget, study: Study) -> list[dict[str, Any]]:
-    rows = [
-        {
-            "stage": one.stage,
-            "patients": "training",
-            "rounds": one.rounds,
-            "steps_per_round": one.steps_per_round,
-            "sampling_rate": one.plan.sampling_rate,
-            "noise_multiplier": one.plan.noise_multiplier,
-            "clip_norm": one.plan.clip_norm,
-            "epsilon_after": budget.spent(one.stage, one.rounds),
-        }
-        for one in budget.charges
-    ]
-    if study.evaluation.epsilon is not None:
-        rows.append(
-            {
-                "stage": "evaluate",
-                "patients": "testing",
-                "rounds": 1,
-                "steps_per_round": 1,
-                "sampling_rate": 1.0,
-                "noise_multiplier": None,
-                "clip_norm": 1.0,
-                "epsilon_after": study.evaluation.epsilon,
-            }
-        )
+    rows = [_row(one, "training", budget.spent(one.stage, one.rounds)) for one in budget.charges]
+    testing = evaluation_charge(study)
+    if testing is not None:
+        rows.append(_row(testing, "testing", study.evaluation.epsilon))
     return rows
+
+
+def _row(charge: Charge, patients: str, epsilon_after: float | None) -> dict[str, Any]:
+    return {
+        "stage": charge.stage,
+        "patients": patients,
+        "rounds": charge.rounds,
+        "steps_per_round": charge.steps_per_round,
+        "sampling_rate": charge.plan.sampling_rate,
+        "noise_multiplier": charge.plan.noise_multiplier,
+        "clip_norm": charge.plan.clip_norm,
+        "epsilon_after": epsilon_after,
+    }
 
 
 def _free(study: Study) -> list[str]:
@@ -88,6 +79,16 @@ def _free(study: Study) -> list[str]:
         items.append("distillation on public records: post-processing of the private teacher")
     items.append("declared numbers of patients: each hospital's own rounded public word")
     return items
+
+
+def _testing_promise(statement: dict[str, Any]) -> str:
+    for row in statement["charges"]:
+        if row["patients"] == "testing":
+            return (
+                f", and (ε = {row['epsilon_after']:.3g}, δ = {statement['delta']:g}) for each "
+                f"testing {statement['unit']}; nobody is both"
+            )
+    return ""
 
 
 def statement_text(statement: dict[str, Any]) -> str:
@@ -100,14 +101,15 @@ def statement_text(statement: dict[str, Any]) -> str:
         )
     elif not statement["secret_noise"]:
         promise = (
-            "**No privacy guarantee.** The noise came from a seed (test noise): whoever "
-            "knows the seed can remove it."
+            "**No privacy guarantee.** At least one hospital used test noise, which whoever "
+            "knows the seed can remove, or kept no record of what it had spent."
         )
     else:
         promise = (
             f"Every hospital's releases, seen together by anyone, are "
             f"(ε = {statement['epsilon_spent']:.3g}, δ = {statement['delta']:g})-differentially "
-            f"private for each {unit} ({statement['relation'].replace('_', ' ')}). "
+            f"private for each training {unit} ({statement['relation'].replace('_', ' ')})"
+            f"{_testing_promise(statement)}. "
             f"The guarantee holds against the coordinator, all other hospitals together, and "
             f"every reader of the models: each hospital's noise alone suffices (trust = "
             f'"local"). It does not hold against who reads the hospital\'s own machines.'

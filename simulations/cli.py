@@ -43,6 +43,8 @@ app.add_typer(data_app, name="data", rich_help_panel="Researcher")
 app.add_typer(hospital_app, name="hospital", rich_help_panel="Hospital")
 app.add_typer(coordinator_app, name="coordinator", rich_help_panel="Coordinator")
 
+_INTERRUPTED = 130
+
 StudyArgument = Annotated[Path, typer.Argument(help="The study file (TOML).", show_default=False)]
 RunArgument = Annotated[Path, typer.Argument(help="The run folder.", show_default=False)]
 DataOption = Annotated[Path, typer.Option("--data", help="The folder that holds the data files.")]
@@ -177,22 +179,36 @@ def main() -> None:
     try:
         command = typer.main.get_command(app)
         code = command.main(prog_name="consilium", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError:
+        sys.exit(2)  # the help has been printed
     except (ConsiliumError, click.ClickException) as error:
         if debug:
             raise
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        _fail(message, 2)
+        _fail(_usage(error) if isinstance(error, click.ClickException) else str(error), 2)
     except (KeyboardInterrupt, click.Abort):
-        _fail("stopped; finished rounds are kept: continue with `consilium resume RUN`", 130)
+        code = _INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except SystemExit as stop:
+        code = stop.code  # Typer turns Ctrl-C into an exit of its own
+    if code == _INTERRUPTED:
+        _fail("stopped; finished rounds are kept: continue with `consilium resume RUN`", code)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(message: str, code: int) -> None:
     print(f"consilium: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
+
+
+def _usage(error: click.ClickException) -> str:
+    """Click's own message, its hint said once, and where to look."""
+    message, *hints = error.format_message().split(" Did you mean ")
+    hint = f" Did you mean {hints[0]}" if hints else ""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "consilium"
+    return f"{message}{hint} See `{command} --help`."
 
 
 def _load(path: Path, seed: int | None) -> Study:

@@ -14,6 +14,7 @@ import numpy as np
 import tomli_w
 from numpy.typing import NDArray
 
+from client.guard import MemoryGuard
 from client.hospital import Hospital, split_patients
 from common.dictionary import Column
 from common.errors import StudyError
@@ -85,7 +86,7 @@ def open_world(world: World, noise_of: Mapping[str, NoiseSource]) -> list[Hospit
                 train=train,
                 test=test,
                 declared_patients=declared(train),
-                noise=noise_of[site.name],
+                guard=MemoryGuard(noise_of[site.name]),
             )
         )
     return hospitals
@@ -100,7 +101,7 @@ def pooled(hospitals: list[Hospital]) -> Hospital:
         train=train,
         test=concatenate([hospital.test for hospital in hospitals]),
         declared_patients=declared(train),
-        noise=hospitals[0].noise,
+        guard=MemoryGuard(hospitals[0].guard.noise),
     )
 
 
@@ -129,9 +130,12 @@ def write_world(world: World, folder: Path) -> None:
     """
     study, path = world.study, folder / "study.toml"
     if folder.exists() and any(folder.iterdir()):
-        if not path.is_file():
+        if not (path.is_file() and (folder / "hospitals").is_dir()):
             raise StudyError(f"{folder}: not empty and not a split study; choose another folder")
-        shutil.rmtree(folder)
+        # Only what this function makes: the folder may hold a user's own files too.
+        path.unlink()
+        for made in ("hospitals", "public"):
+            shutil.rmtree(folder / made, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     binding = study.revised(simulation=None)
     if world.corpus is not None:
@@ -164,7 +168,7 @@ def _set_apart(
     chosen, remaining = [], []
     for table in tables:
         names = np.array(sorted(set(table.patients)), dtype=object)
-        count = round(study.public.fraction * len(names))
+        count = max(1, round(study.public.fraction * len(names)))
         apart = set(generator.permutation(names)[:count])
         mask = np.array([patient in apart for patient in table.patients])
         chosen.append(table.take(np.flatnonzero(mask)))
@@ -253,19 +257,22 @@ def _write_table(table: Table, folder: Path) -> dict[str, Any]:
         arrays: dict[str, Any] = {
             column: table.values[column],
             dictionary.label.name: labels,
-            "patient": table.patients.astype(str),
         }
+        if dictionary.patient_id:
+            arrays[dictionary.patient_id] = table.patients.astype(str)
         np.savez_compressed(folder / "records.npz", **arrays)
         return {"kind": "npz", "path": "records.npz"}
     names = [column.name for column in dictionary.columns]
     with (folder / "records.csv").open("w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
-        writer.writerow([*names, dictionary.label.name, dictionary.patient_id or "patient"])
+        # Without an identifier every row is another patient, there as here.
+        identifier = [dictionary.patient_id] if dictionary.patient_id else []
+        writer.writerow([*names, dictionary.label.name, *identifier])
         for row in range(len(table)):
             cells = [_cell(column, table.values[column.name][row]) for column in dictionary.columns]
             label = table.labels[row]
             outcome = dictionary.label.classes[label][0] if label >= 0 else ""
-            writer.writerow([*cells, outcome, table.patients[row]])
+            writer.writerow([*cells, outcome, *([table.patients[row]] if identifier else [])])
     return {"kind": "csv", "path": "records.csv"}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import sys
 import typing
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,22 @@ _SECTIONS: tuple[tuple[str, type[Strict]], ...] = (
 
 def study_reference() -> str:
     """Every section and key of a study file."""
-    lines = ["# The study file", "", "Generated from the code: `python -m simulations.reference "
-             "docs`. Commented examples lie in `deploy/examples/`.", ""]
+    lines = [
+        "# The study file",
+        "",
+        "Generated from the code: `python -m simulations.reference "
+        "docs`. Commented examples lie in `deploy/examples/`.",
+        "",
+    ]
     for title, model in _SECTIONS:
         doc = inspect.cleandoc(model.__doc__ or "")
         lines += [f"## {title}", "", doc, "", "| key | values | default |", "|---|---|---|"]
         for name, field in model.model_fields.items():
-            default = "required" if field.is_required() else _default(field.get_default(
-                call_default_factory=True, validated_data={}))
+            default = (
+                "required"
+                if field.is_required()
+                else _default(field.get_default(call_default_factory=True, validated_data={}))
+            )
             lines.append(f"| `{name}` | {_words(field.annotation)} | {default} |")
         lines.append("")
     return "\n".join(lines)
@@ -69,8 +78,13 @@ def study_reference() -> str:
 
 def command_reference(app: typer.Typer) -> str:
     """Every command with its help and its example."""
-    lines = ["# Commands", "", "Generated from the code: `python -m simulations.reference docs`. "
-             "Each command also answers to `--help`.", ""]
+    lines = [
+        "# Commands",
+        "",
+        "Generated from the code: `python -m simulations.reference docs`. "
+        "Each command also answers to `--help`.",
+        "",
+    ]
     root = typer.main.get_command(app)
     for path, command in walk(root, ("consilium",)):
         lines += [f"## {' '.join(path)}", "", (command.help or "").strip(), ""]
@@ -102,19 +116,27 @@ def _words(annotation: Any) -> str:
         return _words(arguments[0])
     if origin in (tuple, list):
         return "list of " + _words(arguments[0])
-    if origin is dict:
-        return "table"
-    if arguments:
+    if arguments and origin is not dict:
         return " or ".join(_words(one) for one in arguments if one is not type(None))
-    if inspect.isclass(annotation) and hasattr(annotation, "__members__"):
+    if inspect.isclass(annotation) and issubclass(annotation, StrEnum):
         return ", ".join(f"`{one.value}`" for one in annotation)
-    names = {"float": "number", "int": "whole number", "str": "text", "bool": "true or false"}
+    return _plain(annotation)
+
+
+def _plain(annotation: Any) -> str:
+    names = {
+        "float": "number",
+        "int": "whole number",
+        "str": "text",
+        "bool": "true or false",
+        "dict": "table",
+    }
     name = getattr(annotation, "__name__", str(annotation))
     return names.get(name, "section" if inspect.isclass(annotation) else name)
 
 
 def _default(value: Any) -> str:
-    if value is None or value is PydanticUndefined or value == () or value == {}:
+    if value is None or value is PydanticUndefined or value in ((), {}):
         return "—"
     if isinstance(value, Strict):
         return "its own defaults"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
@@ -34,7 +35,7 @@ def run_in_process(
     debug: bool = False,
 ) -> None:
     """Conduct ``study`` over ``hospitals`` through the same two apps a deployment runs."""
-    client_app = build_client_app(lambda context: hospitals[context.node_id - 1])
+    client_app = build_client_app(lambda context: nullcontext(hospitals[context.node_id - 1]))
     server_app = build_server_app(lambda _: Job(study, run, corpus, watch))
 
     def handle(message: Message) -> Message:
@@ -60,7 +61,8 @@ def simulate(
     statement then says that nothing is guaranteed.
     """
     world = build_world(study, data_folder)
-    if replace and (path / "study.toml").is_file():
+    # A folder with a study file alone may be anything of the user's; a run has both.
+    if replace and (path / "study.toml").is_file() and (path / "environment.json").is_file():
         shutil.rmtree(path)
     run = RunFolder.create(path, study)
     run.write_json(
@@ -70,7 +72,7 @@ def simulate(
             "noise_seed": noise_seed,
         },
     )
-    noise = _noise(run, [site.name for site in world.sites], noise_seed)
+    noise = run_noise(run, [site.name for site in world.sites], noise_seed)
     run_in_process(study, run, open_world(world, noise), world.corpus, watch, debug=debug)
     return run
 
@@ -82,7 +84,7 @@ def resume(path: Path, watch: Watch, *, debug: bool = False) -> RunFolder:
         return run
     settings = run.read_json("simulation.json")
     world = build_world(study, Path(settings["data_folder"]))
-    noise = _noise(run, [site.name for site in world.sites], settings["noise_seed"])
+    noise = run_noise(run, [site.name for site in world.sites], settings["noise_seed"])
     run_in_process(study, run, open_world(world, noise), world.corpus, watch, debug=debug)
     return run
 
@@ -93,11 +95,12 @@ def load_hospitals(path: Path) -> tuple[Study, list[Hospital]]:
     settings = run.read_json("simulation.json")
     world = build_world(study, Path(settings["data_folder"]))
     return study, open_world(
-        world, _noise(run, [one.name for one in world.sites], settings["noise_seed"])
+        world, run_noise(run, [one.name for one in world.sites], settings["noise_seed"])
     )
 
 
-def _noise(run: RunFolder, names: list[str], noise_seed: int | None) -> dict[str, NoiseSource]:
+def run_noise(run: RunFolder, names: list[str], noise_seed: int | None) -> dict[str, NoiseSource]:
+    """Each hospital's noise in this run; secret noise is keyed by the run's own key file."""
     if noise_seed is not None:
         return seeded_noise(noise_seed, names)
     path = run.path / "simulation.key"

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from common.learning.evaluate import evaluation_noise
 from common.learning.metrics import (
     accuracy_from_histogram,
     auc_from_histogram,
     noise_interval,
 )
-from common.privacy.units import Trust
+from common.privacy.budget import evaluation_charge
 from common.study import Study
 from server.store import RunFolder
 from simulations.evaluation import Scores, finished_models, score, together
@@ -58,11 +57,11 @@ def released(study: Study, histograms: dict[str, Any]) -> dict[str, Any] | None:
 
     None without any. The interval covers the noise alone, not the chance of who was tested.
     """
-    if not histograms:
+    charge = evaluation_charge(study)
+    if not histograms or charge is None:
         return None
     total = np.sum([np.array(one) for one in histograms.values()], axis=0)
-    private = study.privacy.trust is not Trust.NONE
-    noise_std = evaluation_noise(study) * math.sqrt(len(histograms)) if private else 0.0
+    noise_std = charge.plan.noise_std * math.sqrt(len(histograms))
     figures: dict[str, Any] = {
         "accuracy": noise_interval(total, noise_std, accuracy_from_histogram)
     }

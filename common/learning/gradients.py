@@ -41,6 +41,7 @@ class PerRecordGradients:
         """Per-record gradients [rows, d] at ``weights`` [d]."""
         if len(inputs) == 0:
             return torch.zeros(0, self.size)
+        self._forget()
         set_vector(self.model, weights)
         parameters = trainable(self.model)
         with _no_input_gradient_warning():
@@ -49,10 +50,18 @@ class PerRecordGradients:
             parameter.grad_sample.reshape(len(inputs), -1)  # type: ignore[attr-defined]
             for parameter in parameters
         ]
-        for parameter in parameters:
+        self._forget()
+        return torch.cat(each, dim=1)
+
+    def _forget(self) -> None:
+        """Drop everything the hooks keep, also what an interrupted call left half done."""
+        for layer in self.model.modules():
+            layer.__dict__.pop("activations", None)
+        for parameter in trainable(self.model):
             parameter.grad = None
             parameter.grad_sample = None  # type: ignore[attr-defined]
-        return torch.cat(each, dim=1)
+            parameter._forward_counter = 0  # type: ignore[attr-defined]
+            parameter.__dict__.pop("_current_grad_sample", None)
 
 
 @contextmanager

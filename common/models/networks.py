@@ -3,6 +3,8 @@ per-patient gradient exists. GroupNorm normalises each record by itself."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -63,7 +65,7 @@ def _stages(channels: tuple[int, ...]) -> list[nn.Module]:
     for outgoing in channels:
         layers += [
             nn.Conv2d(incoming, outgoing, kernel_size=3, stride=2, padding=1),
-            nn.GroupNorm(min(4, outgoing), outgoing),
+            nn.GroupNorm(math.gcd(4, outgoing), outgoing),
             nn.GELU(),
         ]
         incoming = outgoing

@@ -160,3 +160,36 @@ def _budget(
     return Budget(
         charges=at(noise), relation=privacy.relation, epsilon=privacy.epsilon, delta=privacy.delta
     )
+
+
+def evaluation_charge(study: Study) -> Charge | None:
+    """What the one released histogram costs the test patients; None if the study grants nothing.
+
+    A patient adds at most 1 in all, so the clip norm is 1 (see ``score_histogram``).
+    """
+    privacy = study.privacy
+    if study.evaluation.epsilon is None:
+        return None
+    noise = 0.0
+    if privacy.delta is not None:
+        noise = _single_release_noise(study.evaluation.epsilon, privacy.delta, privacy.relation)
+    plan = StepPlan(
+        unit=privacy.unit,
+        relation=privacy.relation,
+        sampling_rate=1.0,
+        clip_norm=1.0,
+        noise_multiplier=noise,
+        records_per_unit=privacy.records_per_patient if privacy.unit == "patient" else 1,
+        private=privacy.trust is not Trust.NONE,
+    )
+    return Charge(stage="evaluate", rounds=1, steps_per_round=1, plan=plan)
+
+
+@lru_cache(maxsize=256)
+def _single_release_noise(target: float, delta: float, relation: Relation) -> float:
+    return calibrate(
+        lambda noise: [GaussianEvent(noise_multiplier=noise)],
+        epsilon=target,
+        delta=delta,
+        relation=relation,
+    )

@@ -1,0 +1,255 @@
+"""The gate that every release passes: consent, policy, budget, noise, in this order.
+
+::
+
+    admit (consent) ▶ charge (policy, study's ε, patients' ε) ▶ compute under own noise ▶ release
+
+Two gates keep the same promise. :class:`LedgerGuard` is a hospital's own: signed policy, durable
+ledger, audit log. :class:`MemoryGuard` holds a simulated hospital to its study for as long as the
+process lives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from client.consent import apply_consent
+from client.ledger_records import Reservation
+from client.policy import ReleaseRequest, check
+from client.safe import Safe
+from common.auditlog import utc_now
+from common.errors import RefusalError
+from common.privacy.accounting import GaussianEvent, epsilon
+from common.privacy.units import PrivacyUnit, Relation
+from common.randomness import NoiseSource, Stream
+
+# The calibrated noise meets the study's ε closely; rounding must not refuse its last round.
+_SLACK = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """What is about to leave, and all it depends on.
+
+    ``request``: digest over the study, stage, round and incoming models: public.
+    ``rows``: digest over the very rows used: secret, since who knows all patients but one could
+    guess the last; it only ever enters keyed hashes.
+    ``pool``: which patients are charged, ``train`` or ``test``; they never overlap.
+    ``epsilon``, ``delta``: what the study promised those patients in all; None without privacy.
+    """
+
+    study: str
+    study_digest: str
+    task: str
+    stage: str
+    round: int
+    request: str
+    rows: str = field(repr=False)
+    pool: str
+    trust: str
+    unit: PrivacyUnit
+    relation: Relation
+    records_per_patient: int
+    events: tuple[GaussianEvent, ...]
+    patients: tuple[str, ...] = field(repr=False)
+    peers: int
+    epsilon: float | None
+    delta: float | None
+
+
+class Guard(Protocol):
+    """Lets a release pass, or raises RefusalError; then nothing was computed from patients."""
+
+    @property
+    def noise(self) -> NoiseSource:
+        """Where its noise comes from."""
+        ...
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether what was spent is remembered for as long as it matters."""
+        ...
+
+    def admit(self, patients: Iterable[str], *, study: str, round_number: int) -> frozenset[str]:
+        """Those of ``patients`` whose records may be used in this round."""
+        ...
+
+    def release(self, asked: Release, compute: Callable[[Stream], Tensor]) -> Tensor:
+        """The release: a stored one byte for byte, or ``compute`` under its own noise, charged."""
+        ...
+
+
+@dataclass
+class MemoryGuard:
+    """The gate of a simulated hospital: the study's own ε, and no more."""
+
+    noise: NoiseSource
+    is_lasting: bool = True
+    _charged: dict[tuple[str, str, str], tuple[GaussianEvent, ...]] = field(default_factory=dict)
+
+    def admit(self, patients: Iterable[str], *, study: str, round_number: int) -> frozenset[str]:  # noqa: ARG002
+        """Everybody: a simulation's data are public."""
+        return frozenset(patients)
+
+    def release(self, asked: Release, compute: Callable[[Stream], Tensor]) -> Tensor:
+        """Computed anew each time: the same request draws the same noise, so the same bytes."""
+        key = (asked.study_digest, asked.pool, request_digest(asked.request, asked.rows))
+        if key not in self._charged:
+            spent = [
+                event
+                for (study, pool, _), events in self._charged.items()
+                for event in events
+                if (study, pool) == key[:2]
+            ]
+            refuse_beyond_study(spent, asked)
+            self._charged[key] = asked.events
+        return compute(self.noise.stream(asked.stage, asked.round, key[2]))
+
+
+@dataclass(frozen=True)
+class LedgerGuard:
+    """The gate of a real hospital, over its open safe."""
+
+    safe: Safe
+    noise: NoiseSource
+
+    @property
+    def is_lasting(self) -> bool:
+        """True: the ledger outlives every run."""
+        return True
+
+    def admit(self, patients: Iterable[str], *, study: str, round_number: int) -> frozenset[str]:
+        """The patients who have not withdrawn their consent; the log notes the list's hash."""
+        withdrawals = self.safe.withdrawals(self.safe.policy())
+        return frozenset(
+            apply_consent(
+                withdrawals,
+                patients,
+                ledger=self.safe.ledger,
+                log=self.safe.log,
+                study=study,
+                round_number=round_number,
+            )
+        )
+
+    def release(self, asked: Release, compute: Callable[[Stream], Tensor]) -> Tensor:
+        """Reserve, compute, store, commit; each step durable before the next (see the ledger).
+
+        A refusal is logged here in full; only its rule may be told to the coordinator.
+        """
+        ledger = self.safe.ledger
+        request = request_digest(asked.request, ledger.tag(asked.rows))
+        if stored := ledger.resume(request):
+            ledger.commit(stored.reservation)
+            return _tensor(stored.content)
+        try:
+            reservation, attempt = self._reserve(asked, request)
+        except RefusalError as refusal:
+            self.safe.log.append(
+                "refused",
+                {
+                    "study": asked.study,
+                    "study_digest": asked.study_digest,
+                    "stage": asked.stage,
+                    "round": asked.round,
+                    "rule": refusal.rule or "request",
+                },
+            )
+            raise
+        value = compute(self.noise.stream(asked.stage, asked.round, request, attempt))
+        ledger.record_release(reservation, _bytes(value))
+        ledger.commit(reservation)
+        return value
+
+    def _reserve(self, asked: Release, request: str) -> tuple[Reservation, int]:
+        policy, ledger = self.safe.policy(), self.safe.ledger
+        if asked.delta is None:
+            raise RefusalError(
+                "release.trust: expected a study with a privacy promise, found none; "
+                "this hospital releases nothing without noise",
+                rule="release.trust",
+            )
+        cohort = ledger.cohort(asked.patients)
+        check(
+            policy,
+            ReleaseRequest(
+                study=asked.study,
+                study_digest=asked.study_digest,
+                task=asked.task,
+                stage=asked.stage,
+                trust=asked.trust,
+                unit=asked.unit,
+                relation=asked.relation,
+                events=asked.events,
+                delta=asked.delta,
+                cohort_patients=cohort.patients,
+                peers=asked.peers,
+                max_records_per_patient=asked.records_per_patient,
+                now=utc_now(),
+            ),
+        )
+        refuse_beyond_study(self._spent_in_study(asked), asked)
+        attempt = ledger.next_attempt(request)
+        reservation = ledger.reserve(
+            study=asked.study,
+            study_digest=asked.study_digest,
+            stage=asked.stage,
+            round_number=asked.round,
+            attempt=attempt,
+            request_digest=request,
+            unit=asked.unit,
+            relation=asked.relation,
+            records_per_patient=asked.records_per_patient,
+            cohort=cohort,
+            events=asked.events,
+            limits=policy.limits(),
+        )
+        return reservation, attempt
+
+    def _spent_in_study(self, asked: Release) -> list[GaussianEvent]:
+        """All this study has charged to the pool, lost attempts included."""
+        return [
+            event
+            for entry in self.safe.ledger.entries()
+            if entry.study_digest == asked.study_digest
+            and (entry.stage == "evaluate") == (asked.pool == "test")
+            for event in entry.declared
+        ]
+
+
+def refuse_beyond_study(spent: Sequence[GaussianEvent], asked: Release) -> None:
+    """Refuse what would break the promise the study made, whatever the hospital could afford."""
+    if asked.epsilon is None or asked.delta is None:
+        return
+    after = epsilon([*spent, *asked.events], delta=asked.delta, relation=asked.relation)
+    if not after <= asked.epsilon * (1 + _SLACK):
+        raise RefusalError(
+            f"study.epsilon: the study promised ε = {asked.epsilon:g} to its {asked.pool} "
+            f"patients, this release would bring them to {after:.4g}; a repeated or additional "
+            f"round does not fit",
+            rule="study.epsilon",
+        )
+
+
+def request_digest(*parts: str | int) -> str:
+    """SHA-256 over typed, length-prefixed parts: no two different requests share one."""
+    running = hashlib.sha256()
+    for part in parts:
+        data = f"{type(part).__name__}:{part}".encode()
+        running.update(len(data).to_bytes(8, "big") + data)
+    return running.hexdigest()
+
+
+def _bytes(value: Tensor) -> bytes:
+    return bytes(value.contiguous().numpy().astype("<f4").tobytes())
+
+
+def _tensor(content: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(content, dtype="<f4").astype(np.float32))

@@ -1,0 +1,279 @@
+"""Self-contained HTML reports: the answer first, then what it rests on and where it ends."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from common.learning.metrics import Interval
+from server.store import RunFolder
+from simulations.comparison import Comparison, Difference, span
+from simulations.markup import Content, Html, data_table, element, listed, note, page, paragraph
+from simulations.markup import section as part
+from simulations.plots import epsilon_plot, hospital_plot, round_plot
+from simulations.report_sections import (
+    SIMULATED,
+    curve_caption,
+    curve_words,
+    in_words,
+    privacy_section,
+    reproduce_section,
+    saved_picture,
+    small_hospitals,
+    study_section,
+    write_page,
+)
+from simulations.tables import (
+    MEASURES,
+    Rows,
+    arm_rows,
+    difference_rows,
+    hospital_rows,
+    interval_note,
+    released_rows,
+)
+
+_READING = (
+    "“Each hospital alone” is the mean over the hospitals of one model each, tested on all "
+    "hospitals' patients; its worst hospital uses its own model on its own patients. The worst "
+    "hospital is the one with the lowest mean."
+)
+
+
+def write_report(comparison: Comparison) -> Path:
+    """Write ``report.html`` and ``plots/*.png`` into the comparison's folder; the report's path."""
+    first = RunFolder(comparison.folder / "federated" / f"seed-{comparison.seeds[0]}")
+    result, statement, environment = (
+        first.read_json(name) for name in ("result.json", "privacy.json", "environment.json")
+    )
+    study, seeds = comparison.study, len(comparison.seeds)
+    sizes = {name: f"≈ {span(one.declared_patients)}" for name, one in comparison.hospitals.items()}
+    text = page(
+        f"{study.name}: training together compared",
+        element("h1", f"{study.name}: what does training together bring?"),
+        element("p", *_headline(comparison, guaranteed=statement["guaranteed"]), class_="answer"),
+        study_section(study, sizes, result, comparison.seeds),
+        part(
+            "The comparison",
+            _table(arm_rows(comparison)),
+            _table(difference_rows(comparison)),
+            note(_READING),
+            note(interval_note(seeds)),
+        ),
+        part(
+            "Hospital by hospital",
+            _table(hospital_rows(comparison, "auc")),
+            _table(hospital_rows(comparison, "accuracy")),
+        ),
+        part("In pictures", *_pictures(comparison)),
+        _released_part(comparison),
+        privacy_section(statement, extra=_composition(comparison)),
+        part("Limits", listed(_limits(comparison))),
+        reproduce_section(
+            _command(comparison, exact=not statement["secret_noise"]),
+            environment,
+            where=f"federated/seed-{comparison.seeds[0]}/study.toml",
+            exact=not statement["secret_noise"],
+        ),
+    )
+    return write_page(comparison.folder, text)
+
+
+def _headline(comparison: Comparison, *, guaranteed: bool) -> Iterator[Content]:
+    """The answer: how good, against each hospital alone, against pooled data."""
+    arms, study = comparison.arms, comparison.study
+    measure = "auc" if arms["federated"].student.together.auc.count else "accuracy"
+    word = "an AUC" if measure == "auc" else "an accuracy"
+
+    def value(arm: str) -> Interval:
+        found: Interval = getattr(arms[arm].student.together, measure)
+        return found
+
+    budget = (
+        "without privacy"
+        if study.privacy.epsilon is None
+        else f"at ε = {study.privacy.epsilon:g} per {study.privacy.unit.value}"
+    )
+    yield element(
+        "strong",
+        f"Trained together by {len(comparison.hospitals)} hospitals {budget}, the "
+        f"student reaches {word} of {in_words(value('federated'))} on all hospitals' "
+        f"test patients.",
+    )
+    for difference in comparison.differences:
+        gap = getattr(difference.together, measure)
+        if difference.second == "alone":
+            yield (
+                f" A model trained by one hospital alone averages {value('alone').mean:.3f} on "
+                f"the same patients; {_verdict(gap)}."
+            )
+        elif difference.second == "pooled":
+            same = "" if study.privacy.epsilon is None else " at the same ε"
+            yield (
+                f" Training on pooled data{same} gives {value('pooled').mean:.3f}; {_verdict(gap)}."
+            )
+    yield f" {_winners(comparison)}"
+    if not guaranteed:
+        yield element("strong", " No privacy is guaranteed for any of it.")
+
+
+def _verdict(gap: Interval) -> str:
+    size = f"{gap.mean:+.3f}".replace("-", "−")
+    if gap.count < 2:
+        return f"the difference is {size}, from one seed"
+    bounds = f"{gap.low:+.3f} to {gap.high:+.3f}".replace("-", "−")
+    if gap.low > 0:
+        return f"training together adds {size} ({bounds})"
+    if gap.high < 0:
+        return f"training together costs {size} ({bounds})"
+    return f"the difference of {size} ({bounds}) is not distinguishable from none"
+
+
+def _winners(comparison: Comparison) -> str:
+    """How many hospitals gain at home, by both measures: they need not agree."""
+    said = []
+    hospitals = _against_alone(comparison).hospitals.values()
+    for measure, word in MEASURES.items():
+        known = [one.mean for one in (getattr(each, measure) for each in hospitals) if one.count]
+        better, worse = sum(one > 0 for one in known), sum(one < 0 for one in known)
+        text = f"{word}: {better} better, {worse} worse"
+        if same := len(known) - better - worse:
+            text += f", {same} the same"
+        if absent := len(hospitals) - len(known):
+            text += f", {absent} without one"
+        said.append(text)
+    return (
+        f"At home, on each hospital's own test patients, the shared student against the "
+        f"hospital's own: {'; '.join(said)}."
+    )
+
+
+def _against_alone(comparison: Comparison) -> Difference:
+    return next(one for one in comparison.differences if one.second == "alone")
+
+
+def _pictures(comparison: Comparison) -> Iterator[Html]:
+    seeds = len(comparison.seeds)
+    band = "" if seeds == 1 else f" The band is the 95 % interval over {seeds} seeds."
+    if (png := epsilon_plot(comparison)) is not None:
+        words = ", ".join(
+            f"ε = {one.epsilon:g}: {in_words(one.student.auc)}" for one in comparison.sweep
+        )
+        yield saved_picture(
+            comparison.folder,
+            "epsilon",
+            png,
+            alt=f"Federated student AUC by ε. {words}.",
+            caption="AUC of the federated student when its training is granted each ε. The lines "
+            "are pooled data without privacy (the best one could hope for) and the mean "
+            f"over hospitals of training alone.{band}",
+        )
+    if (png := round_plot(comparison.curves)) is not None:
+        yield saved_picture(
+            comparison.folder,
+            "rounds",
+            png,
+            alt=curve_words(comparison.curves),
+            caption=curve_caption(comparison.study) + band,
+        )
+    words = "; ".join(
+        f"{name}: "
+        + ", ".join(
+            f"{arm} {in_words(comparison.arms[arm].student.hospitals[name].auc)}"
+            for arm in ("federated", "alone", "pooled")
+        )
+        for name in comparison.hospitals
+    )
+    bars = "" if seeds == 1 else " Bars are 95 % intervals over the seeds, cut at 1."
+    yield saved_picture(
+        comparison.folder,
+        "hospitals",
+        hospital_plot(comparison),
+        alt=f"Student AUC by hospital. {words}.",
+        caption="AUC of the student at each hospital's own test patients, the worst at the top."
+        + bars,
+    )
+
+
+def _released_part(comparison: Comparison) -> Html:
+    rows = released_rows(comparison)
+    if rows is None:
+        return part(
+            "What leaves the hospitals",
+            paragraph(
+                "The study grants evaluation no ε: in a deployment no figure of quality would "
+                "leave any hospital."
+            ),
+        )
+    return part(
+        "What leaves the hospitals",
+        _table(rows),
+        paragraph(
+            f"The exact figures never leave a real hospital. One histogram of the student's "
+            f"scores does, noised at each hospital with ε = "
+            f"{comparison.study.evaluation.epsilon:g} charged to the test patients; “released” "
+            f"is computed from the sum of those alone. The more hospitals and the fewer test "
+            f"patients, the more the noise hides."
+        ),
+    )
+
+
+def _composition(comparison: Comparison) -> list[str]:
+    if comparison.study.privacy.epsilon is None:
+        return []
+    return [
+        "The statement is about the federated arm under one seed. A comparison trains many "
+        "models on the same patients, some without any privacy; all of them together keep no "
+        "such promise. Publish one arm's model, or run comparisons on public data only."
+    ]
+
+
+def _limits(comparison: Comparison) -> Iterator[str]:
+    seeds = len(comparison.seeds)
+    yield SIMULATED
+    if comparison.study.simulation is not None and comparison.study.simulation.source is not None:
+        yield (
+            "The hospitals are parts of one data set, cut by the study file. Real hospitals "
+            "differ in their patients, devices and habits, which usually makes it harder. "
+            "Each seed cuts anew: a hospital's name stands for a size, not for the same patients."
+        )
+    if seeds == 1:
+        yield "One seed: none of the differences can be told from chance."
+    else:
+        yield (
+            f"{seeds} seeds: each draws new splits, new starts and new noise. The same patients "
+            f"return in every seed, so the intervals are somewhat too narrow, and they say "
+            f"nothing of patients from elsewhere."
+        )
+    yield from small_hospitals(
+        {name: one.test_patients[0] for name, one in comparison.hospitals.items()}
+    )
+    single = [name for name, one in comparison.hospitals.items() if one.rarest_class[0] == 0]
+    if single:
+        yield (
+            f"In at least one seed the test records of {', '.join(single)} are of one class "
+            f"only, so no AUC exists there; figures rest on the remaining seeds."
+        )
+    yield "Every arm uses the study's own settings; each might do better if tuned by itself."
+
+
+def _command(comparison: Comparison, *, exact: bool) -> str:
+    words = [
+        "consilium",
+        "compare",
+        "study.toml",
+        "--data",
+        "FOLDER",
+        "--seeds",
+        str(len(comparison.seeds)),
+    ]
+    if comparison.sweep:
+        words += ["--epsilons", ",".join(f"{one.epsilon:g}" for one in comparison.sweep)]
+    if exact:
+        words += ["--noise-seed", "N"]
+    return shlex.join(words)
+
+
+def _table(rows: Rows) -> Html:
+    return data_table(rows.title, rows.headings, rows.rows, names=rows.names)

@@ -1,0 +1,205 @@
+"""The command line as a person meets it: exit codes, one-line errors, help with examples."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from common.errors import StudyError
+from simulations.cli import app, main
+from simulations.reference import command_reference, study_reference, walk
+
+ROOT = Path(__file__).resolve().parents[2]
+WISCONSIN = ROOT / "deploy" / "examples" / "wisconsin.toml"
+
+
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def consilium(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Done]:
+    """The command line in this process: what it printed and the exit code it ended with."""
+
+    def run(*arguments: str | Path) -> Done:
+        monkeypatch.setattr(sys, "argv", ["consilium", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        printed = capsys.readouterr()
+        return Done(int(stop.value.code or 0), printed.out, printed.err)
+
+    return run
+
+
+def small_study(folder: Path, **replacements: str) -> Path:
+    text = WISCONSIN.read_text(encoding="utf-8")
+    for old, new in {
+        "steps = 400": "steps = 20",
+        "steps = 600": "steps = 20",
+        **replacements,
+    }.items():
+        assert old in text
+        text = text.replace(old, new)
+    path = folder / "small.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("epsilon = 3.0", "epsilom = 3.0", ["privacy.epsilom", "did you mean 'epsilon'"]),
+        ("rounds = 10", 'rounds = "ten"', ["finetune.rounds", "integer", "'ten'"]),
+        ('rule = "fedavgm"', 'rule = "fedavgg"', ["federation.rule", "did you mean 'fedavg'"]),
+        ("epsilon = 3.0", "epsilon = -3.0", ["privacy.epsilon", "greater than 0", "-3"]),
+        ("delta = 1e-5", "delta = 0.5", ["privacy.delta", "0.5"]),
+        ("fold = 0", "fold = 4", ["evaluation", "0 to 3", "4"]),
+    ],
+)
+def test_a_wrong_study_is_refused_in_one_line(
+    consilium: Callable[..., Done], tmp_path: Path, old: str, new: str, words: list[str]
+) -> None:
+    done = consilium("study", "check", small_study(tmp_path, **{old: new}))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["simulate", "nowhere.toml"],
+        ["simulate"],
+        ["simulte", "x"],
+        ["simulate", str(WISCONSIN), "--sed", "3"],
+        ["resume", "nowhere"],
+        ["bench", "acuracy"],
+        ["simulate", str(ROOT / "deploy/examples/heart.toml"), "--data", "nowhere"],
+    ],
+)
+def test_every_wrong_call_is_one_line_and_exit_code_2(
+    consilium: Callable[..., Done], arguments: list[str]
+) -> None:
+    done = consilium(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("consilium: ")
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["consilium", "--debug", "study", "check", "nowhere.toml"])
+    with pytest.raises(StudyError):
+        main()
+
+
+def test_every_command_has_help_that_ends_with_an_example() -> None:
+    import typer
+
+    for path, command in walk(typer.main.get_command(app), ("consilium",)):
+        assert command.help, path
+        assert command.epilog, path
+        assert command.epilog.startswith(f"Example: {path[0]}"), path
+
+
+def test_reference_pages_are_current() -> None:
+    docs = ROOT / "docs"
+    regenerate = "run `python -m simulations.reference docs`"
+    assert (docs / "commands.md").read_text() == command_reference(app), regenerate
+    assert (docs / "study-file.md").read_text() == study_reference(), regenerate
+
+
+def test_simulate_prints_one_json_object_and_leaves_a_whole_run_folder(
+    consilium: Callable[..., Done], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    done = consilium("simulate", small_study(tmp_path), "--run", run, "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["epsilon"] <= 3.0
+    assert len(summary["hospitals"]) == 8
+    for name in (
+        "study.toml",
+        "metrics.jsonl",
+        "student.safetensors",
+        "teacher.safetensors",
+        "privacy.json",
+        "PRIVACY.md",
+        "environment.json",
+        "evaluation.json",
+    ):
+        assert (run / name).stat().st_size > 0, name
+    assert (run / "simulation.key").stat().st_mode & 0o777 == 0o600
+    again = consilium("simulate", small_study(tmp_path), "--run", run)
+    assert again.returncode == 2
+    assert "already holds a run" in again.stderr
+
+
+def test_an_edited_statement_is_refused(consilium: Callable[..., Done], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert consilium("simulate", small_study(tmp_path), "--run", run, "--json").returncode == 0
+    assert consilium("coordinator", "statement", run).returncode == 0
+    path = run / "privacy.json"
+    path.write_text(path.read_text().replace('"epsilon_target": 3.0', '"epsilon_target": 1.0'))
+    done = consilium("coordinator", "statement", run)
+    assert done.returncode == 2
+    assert "epsilon_target" in done.stderr
+
+
+def test_interrupt_then_resume_gives_the_uninterrupted_result(
+    consilium: Callable[..., Done], tmp_path: Path
+) -> None:
+    study = small_study(tmp_path, **{"rounds = 10": "rounds = 60", "steps = 400": "steps = 20"})
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    seeded = ("--noise-seed", "7", "--json")
+    assert consilium("simulate", study, "--run", whole, *seeded).returncode == 0
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "simulations.cli",
+            "simulate",
+            str(study),
+            "--run",
+            str(cut),
+            *seeded,
+        ],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (cut / "rounds" / "finetune-0005.safetensors").exists():
+            assert time.monotonic() < deadline
+            assert child.poll() is None
+            time.sleep(0.01)
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=30)
+    finally:
+        child.kill()
+        child.wait()
+    assert child.returncode == 130
+    assert "consilium resume" in errors
+    assert not (cut / "result.json").exists()
+    assert consilium("resume", cut, "--json").returncode == 0
+    for name in ("teacher.safetensors", "student.safetensors", "metrics.jsonl"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+    statement = (cut / "PRIVACY.md").read_text()
+    assert "No privacy guarantee" in statement
