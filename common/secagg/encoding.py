@@ -27,7 +27,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -35,7 +35,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import PrivacyError, SecAggError
+from common.privacy.accounting import GaussianEvent
 from common.privacy.skellam import share_variance, skellam
+from common.privacy.skellam_gaussian import gaussian_equivalent
 from common.randomness import Stream
 
 Rounding = Literal["nearest", "stochastic"]
@@ -145,6 +147,20 @@ class Encoding:
         """Largest absolute value of a hospital's integers before noise."""
         return self.input_bound - self.noise_bound
 
+    def charge(self, *, sampling_rate: float = 1.0, steps: int = 1) -> tuple[GaussianEvent, float]:
+        """What ``steps`` noised sums cost: a Gaussian event, and the distance it leaves out.
+
+        (1 + e^ε) times the distance is to be added to δ; see ``common.privacy.skellam_gaussian``.
+        Raises PrivacyError when the noise is too coarse; then ``skellam_accounting`` applies.
+        """
+        found = gaussian_equivalent(self.variance, length=self.length)
+        event = GaussianEvent(
+            noise_multiplier=found.std / self.l2_sensitivity,
+            sampling_rate=sampling_rate,
+            steps=steps,
+        )
+        return event, found.distance * steps
+
     @property
     def digest(self) -> bytes:
         """SHA-256 of all fields: ``Terms.plan``."""
@@ -171,10 +187,10 @@ class Encoding:
     ) -> Encoding:
         """The encoding with the largest useful power of two as its scale.
 
-        ``units``: most units a hospital is expected to sum; beyond, single coordinates may be
-        limited. The scale is not raised further once rounding widens the sensitivity by less than
-        0.1 % and the noise is fine enough to be charged as Gaussian
-        (``common.privacy.skellam_gaussian``).
+        ``noise_multiplier``: the least that ``charge`` shall name; the encoding's own is a hair
+        above it. ``units``: most units a hospital is expected to sum; beyond, single coordinates
+        may be limited. The scale is not raised further once rounding widens the sensitivity by
+        less than 0.1 % and the noise is fine enough to be charged as Gaussian.
         """
 
         def at(power: int) -> Encoding:
@@ -194,10 +210,19 @@ class Encoding:
             except SecAggError:
                 continue
             if encoding.signal_bound >= units * (encoding.scale * clip_norm + 1):
-                return encoding
+                return encoding._charged_at_least(noise_multiplier)
         raise SecAggError(
             f"range: {hospitals} hospitals with {units} units each do not fit into 32 bits"
         )
+
+    def _charged_at_least(self, noise_multiplier: float) -> Encoding:
+        if not noise_multiplier:
+            return self
+        found = self
+        while (charged := found.charge()[0].noise_multiplier) < noise_multiplier:
+            more = noise_multiplier / charged * (1 + 1e-6)
+            found = replace(found, noise_multiplier=found.noise_multiplier * more)
+        return found
 
     def encode(
         self, units: NDArray[np.floating], stream: Stream | None = None

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from scipy.special import ive
 
 from common.errors import PrivacyError, SecAggError
-from common.privacy.skellam_gaussian import gaussian_equivalent
 from common.randomness import SeededNoise, Stream
 from common.secagg.encoding import Encoding
 
@@ -143,8 +142,11 @@ def test_fitting_leaves_room_and_keeps_rounding_small() -> None:
         assert encoding.signal_bound >= units * encoding.scale
         assert encoding.l2_sensitivity < encoding.scale * 1.001
         if multiplier:
-            found = gaussian_equivalent(encoding.variance, length=length)
-            assert found.std > 0.99 * encoding.variance**0.5
+            event, distance = encoding.charge(sampling_rate=0.5, steps=7)
+            assert (event.sampling_rate, event.steps) == (0.5, 7)
+            assert multiplier <= event.noise_multiplier <= encoding.noise_multiplier
+            assert encoding.noise_multiplier < 1.005 * multiplier
+            assert distance <= 7 * 2.0**-40
 
 
 def test_limiting_moves_no_two_sums_further_apart() -> None:
