@@ -297,6 +297,26 @@ class TestSurvivors:
         assert Kind.REVEAL not in one.sent
 
 
+def test_different_sharers_to_different_hospitals(world: Any, refused: Any) -> None:
+    """A set of masks that cannot cancel is noticed before anything is revealed."""
+    one = world(6, 4)
+    outgoing = one.until(Kind.DELIVERY)
+    victim = one.names[0]
+    honest = Delivery.decode(opened(one, outgoing[victim], Kind.DELIVERY))
+    fewer = {place: sealed for place, sealed in honest.sealed.items() if place != 5}
+    lie = coordinator(one, Kind.DELIVERY, Delivery(sharers=(0, 1, 2, 3, 4), sealed=fewer))
+    odd = one.answer(victim, lie)
+    assert "masked for other sharers" in str(refused(one.server.receive, odd))
+    # A coordinator that goes on regardless gets signatures that do not agree.
+    for name in one.names[1:5]:
+        one.answer(name, outgoing[name])
+    same = coordinator(one, Kind.SURVIVORS, Survivors(survivors=(0, 1, 2, 3, 4)))
+    signed = tuple(one.answer(name, same) for name in one.names[:5])
+    relay = coordinator(one, Kind.AGREEMENTS, Relay(messages=signed))
+    for name in one.names[:5]:
+        assert "told the hospitals different things" in str(refused(one.answer, name, relay))
+
+
 class TestAgreements:
     def signatures(self, world: Any) -> tuple[Any, list[bytes]]:
         one = world(5, 4)

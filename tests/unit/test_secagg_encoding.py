@@ -149,6 +149,18 @@ def test_fitting_leaves_room_and_keeps_rounding_small() -> None:
             assert distance <= 7 * 2.0**-40
 
 
+@pytest.mark.parametrize("noise_multiplier", [0.0, 2.0])
+def test_whatever_is_summed_stays_in_a_hospitals_share(noise_multiplier: float) -> None:
+    encoding = Encoding(**SOUND | {"noise_multiplier": noise_multiplier})
+    for huge in (2**50, -(2**50)):
+        vector = encoding.finish(np.full(20, huge), stream("huge")).astype(np.int64)
+        assert np.abs(vector).max() <= encoding.input_bound
+        # Limited before the noise, not after: there the limit would cut the noise off.
+        limited = np.sign(huge) * encoding.signal_bound
+        assert np.abs(vector - limited).max() <= encoding.noise_bound
+        assert len(set((vector - limited).tolist())) > 10 or not noise_multiplier
+
+
 def test_limiting_moves_no_two_sums_further_apart() -> None:
     encoding = Encoding(**SOUND | {"scale": 2.0**27})
     bound = encoding.signal_bound
