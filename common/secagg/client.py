@@ -17,7 +17,9 @@ The rules that protect this hospital's vector, whatever coordinator and colluder
 8. The first message that breaks a rule ends the attempt here; nothing more is said in it.
 
 What remains: the coordinator and all hospitals but one learn the last one's vector by
-subtraction, and anyone learns the sum. A hospital may send wrong integers or wrong shares: that
+subtraction, and anyone learns the sum. With 2·threshold - roster colluders or more, which the
+terms keep above ``colluders``, a coordinator can have two survivor sets signed, one hospital alive
+in one and gone in the other, and unmask it. A hospital may send wrong integers or wrong shares: that
 spoils a sum, or ends an attempt, but uncovers nobody.
 """
 
