@@ -24,8 +24,11 @@ _logger = logging.getLogger(__name__)
 _REFUSED, _FAILED = 1, 2
 
 
-def build_client_app(hospital_of: OpenHospital) -> ClientApp:
-    """A ClientApp whose hospital comes from ``hospital_of``: a folder, or memory in simulation."""
+def build_client_app(hospital_of: OpenHospital, *, debug: bool = False) -> ClientApp:
+    """A ClientApp whose hospital comes from ``hospital_of``: a folder, or memory in simulation.
+
+    ``debug`` lets errors through as they are; only a simulation may, since they can tell of rows.
+    """
     app = ClientApp()
 
     def serve(kind: type[Any], act: Callable[[Hospital, Any], Any]) -> Callable[..., Message]:
@@ -34,6 +37,8 @@ def build_client_app(hospital_of: OpenHospital) -> ClientApp:
                 with hospital_of(context) as hospital:
                     reply = act(hospital, unpack(kind, message.content))
             except Exception as error:
+                if debug:
+                    raise
                 # In full here, at the hospital; the coordinator learns no number and no name.
                 _logger.warning("node %d: %s", context.node_id, error)
                 return Message(_told(error), reply_to=message)

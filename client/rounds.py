@@ -13,7 +13,7 @@ from common.learning import loop
 from common.learning.evaluate import answer, charged_histogram
 from common.learning.gradients import (
     Loss,
-    PerRecordGradients,
+    choose_engine,
     plain_gradient,
     private_gradient,
 )
@@ -201,7 +201,7 @@ def _local_steps(
     gradient: Gradient
     if charge.plan.private:
         gradient = private_gradient(
-            PerRecordGradients(model, loss),
+            choose_engine(model, loss, records),
             records,
             charge.plan,
             expected_units=expected_units,

@@ -14,7 +14,7 @@ from common.study import Study
 from server.conduct import Progress
 from server.store import RunFolder
 from simulations.hospitals import World, open_world, pooled
-from simulations.simulate import _noise, run_in_process
+from simulations.simulate import run_in_process, run_noise
 
 FEDERATED, ALONE, POOLED = "federated", "alone", "pooled"
 POOLED_NO_PRIVACY, FEDERATED_NO_PRIVACY = "pooled-no-privacy", "federated-no-privacy"
@@ -127,7 +127,7 @@ def train(
             continue
         place = _open(folder / run.place, run, data_folder, noise_seed)
         world = worlds[run.study.seed]
-        noise = _noise(place, [site.name for site in world.sites], noise_seed)
+        noise = run_noise(place, [site.name for site in world.sites], noise_seed)
         hospitals = _cast(run, open_world(replace(world, study=run.study), noise))
         run_in_process(
             run.study, place, hospitals, world.corpus, _watching(here, watch), debug=debug

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 # Flower reports usage and looks up updates unless told not to, before its first import.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+# On networks this small, threads spend their time waiting for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import click
 import typer
@@ -20,6 +22,7 @@ from client.cli import hospital_app
 from common.errors import ConsiliumError, StudyError, nearest
 from common.study import Study, load_study
 from server.cli import coordinator_app
+from simulations.audit_cli import audit_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,10 +43,15 @@ data_app = typer.Typer(
 )
 app.add_typer(study_app, name="study", rich_help_panel="Researcher")
 app.add_typer(data_app, name="data", rich_help_panel="Researcher")
+app.add_typer(audit_app, name="audit", rich_help_panel="Researcher")
 app.add_typer(hospital_app, name="hospital", rich_help_panel="Hospital")
 app.add_typer(coordinator_app, name="coordinator", rich_help_panel="Coordinator")
 
 _INTERRUPTED = 130
+_STOPPED = (
+    "stopped; finished rounds are kept: continue with `consilium resume RUN`, "
+    "or repeat the same `consilium compare`"
+)
 
 StudyArgument = Annotated[Path, typer.Argument(help="The study file (TOML).", show_default=False)]
 RunArgument = Annotated[Path, typer.Argument(help="The run folder.", show_default=False)]
@@ -51,6 +59,9 @@ DataOption = Annotated[Path, typer.Option("--data", help="The folder that holds 
 DATA_HOME = Path(os.environ.get("CONSILIUM_DATA", "."))
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Replaces the study's seed.")]
+NoiseSeedOption = Annotated[
+    int | None, typer.Option(help="Repeatable test noise in place of secret noise: NO privacy.")
+]
 ReplaceOption = Annotated[bool, typer.Option("--replace", help="Start over in a used folder.")]
 
 
@@ -107,6 +118,55 @@ def resume(context: typer.Context, run: RunArgument, as_json: JsonOption = False
     with live_progress(quiet=as_json) as watch:
         folder = resume_run(run, watch, debug=context.obj["debug"])
     _show_run(folder.path, as_json)
+
+
+@app.command(
+    rich_help_panel="Researcher",
+    epilog="Example: consilium compare deploy/examples/heart.toml --data FOLDER --seeds 5",
+)
+def compare(
+    context: typer.Context,
+    study: StudyArgument,
+    data: DataOption = Path(),
+    out: Annotated[
+        Path | None, typer.Option(help="Results folder; runs/compare-NAME if left out.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from the study's own.")] = 5,
+    *,
+    epsilons: Annotated[
+        str, typer.Option(help="Comma-separated ε of the sweep; around the study's if left out.")
+    ] = "",
+    noise_seed: NoiseSeedOption = None,
+    replace: ReplaceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Federated against each hospital alone and against pooled data; resumes where it stopped."""
+    from simulations.compare import compare as run_comparison
+    from simulations.display import compare_progress
+    from simulations.report import write_report
+    from simulations.tables import render_table
+
+    loaded = _load(study, None)
+    path = out or Path("runs") / f"compare-{loaded.name}"
+    _announce(loaded, path, quiet=as_json)
+    with compare_progress(quiet=as_json) as watch:
+        result = run_comparison(
+            loaded,
+            path,
+            data,
+            seeds=seeds,
+            watch=watch,
+            epsilons=_numbers(epsilons, "--epsilons"),
+            noise_seed=noise_seed,
+            replace_existing=replace,
+            debug=context.obj["debug"],
+        )
+    report = write_report(result)
+    if as_json:
+        _emit(True, result.to_json(), "")
+        return
+    Console().print(render_table(result))
+    Console().print(f"Report: {report}", soft_wrap=True)
 
 
 @app.command(
@@ -193,7 +253,7 @@ def main() -> None:
     except SystemExit as stop:
         code = stop.code  # Typer turns Ctrl-C into an exit of its own
     if code == _INTERRUPTED:
-        _fail("stopped; finished rounds are kept: continue with `consilium resume RUN`", code)
+        _fail(_STOPPED, code)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -220,6 +280,15 @@ def _load(path: Path, seed: int | None) -> Study:
     return loaded
 
 
+def _numbers(text: str, option: str) -> tuple[float, ...] | None:
+    if not text:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise StudyError(f"{option}: expected numbers with commas, found {text!r}") from None
+
+
 def _announce(study: Study, path: Path, *, quiet: bool) -> None:
     if quiet:
         return
@@ -231,9 +300,11 @@ def _announce(study: Study, path: Path, *, quiet: bool) -> None:
 def _show_run(path: Path, as_json: bool) -> None:
     from server.store import RunFolder
     from simulations.display import closing_lines, run_table
+    from simulations.run_report import write_run_report
     from simulations.summary import summarise
 
     summary = summarise(RunFolder(path))
+    report = write_run_report(path)
     if as_json:
         _emit(True, summary, "")
         return
@@ -241,7 +312,7 @@ def _show_run(path: Path, as_json: bool) -> None:
     console.print(run_table(summary))
     for line in closing_lines(summary):
         console.print(line, soft_wrap=True)
-    console.print(f"Results: {path}/", soft_wrap=True)
+    console.print(f"Results: {path}/, report: {report}", soft_wrap=True)
 
 
 def _emit(as_json: bool, value: Any, text: str) -> None:

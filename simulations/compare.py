@@ -242,8 +242,8 @@ def _released(runs: Sequence[RunFolder]) -> Quality | None:
         if not histograms:
             return None
         total = np.sum([np.array(one) for one in histograms.values()], axis=0)
-        aucs.append(auc_from_histogram(total) if len(total) == 2 else math.nan)
-        accuracies.append(accuracy_from_histogram(total))
+        aucs.append(_held(auc_from_histogram(total)) if len(total) == 2 else math.nan)
+        accuracies.append(_held(accuracy_from_histogram(total)))
     return Quality(mean_interval(aucs), mean_interval(accuracies))
 
 
@@ -303,3 +303,8 @@ def _hospital_facts(worlds: Sequence[World]) -> dict[str, HospitalFacts]:
 def _extent(values: Iterable[int]) -> tuple[int, int]:
     known = list(values)
     return min(known), max(known)
+
+
+def _held(share: float) -> float:
+    """A figure from noised counts, held within [0, 1]; NaN stays."""
+    return share if math.isnan(share) else min(1.0, max(0.0, share))

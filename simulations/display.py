@@ -13,6 +13,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from server.conduct import Progress
+from simulations.arms import CompareProgress
 
 _STAGES = {
     "statistics": "scaling statistics",
@@ -51,6 +52,41 @@ def live_progress(*, quiet: bool = False) -> Iterator[Callable[[Progress], None]
             bars.update(tasks[name], completed=progress.round, facts=_facts(progress))
 
         yield show
+
+
+@contextmanager
+def compare_progress(*, quiet: bool = False) -> Iterator[Callable[[CompareProgress], None]]:
+    """A watcher of a whole comparison: one bar on a terminal, one line a run elsewhere."""
+    if quiet:
+        yield lambda _: None
+        return
+    console = Console(stderr=True)
+    if not console.is_terminal:
+
+        def say(at: CompareProgress) -> None:
+            if at.progress is None:
+                print(_compare_facts(at), file=sys.stderr, flush=True)
+
+        yield say
+        return
+    columns = (BarColumn(bar_width=24), TextColumn("{task.fields[facts]}"))
+    with Bars(*columns, console=console) as bars:
+        task = bars.add_task("", total=None, facts="")
+        yield lambda at: bars.update(
+            task, total=at.runs, completed=at.number - 1, facts=_compare_facts(at)
+        )
+
+
+def _compare_facts(at: CompareProgress) -> str:
+    where = f" at {at.hospital}" if at.hospital else ""
+    parts = [f"run {at.number}/{at.runs}", f"{at.arm}{where}, seed {at.seed}"]
+    if at.reused:
+        parts.append("kept from before")
+    if at.progress is not None:
+        parts.append(f"{_STAGES[at.progress.stage]} {at.progress.round}/{at.progress.rounds}")
+    if at.eta_s is not None:
+        parts.append(f"{_duration(at.eta_s)} left")
+    return "  ".join(parts)
 
 
 def _print_line(progress: Progress) -> None:

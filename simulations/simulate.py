@@ -35,7 +35,9 @@ def run_in_process(
     debug: bool = False,
 ) -> None:
     """Conduct ``study`` over ``hospitals`` through the same two apps a deployment runs."""
-    client_app = build_client_app(lambda context: nullcontext(hospitals[context.node_id - 1]))
+    client_app = build_client_app(
+        lambda context: nullcontext(hospitals[context.node_id - 1]), debug=debug
+    )
     server_app = build_server_app(lambda _: Job(study, run, corpus, watch))
 
     def handle(message: Message) -> Message:

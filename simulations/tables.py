@@ -146,17 +146,25 @@ def render_table(comparison: Comparison) -> RenderableType:
 
 
 def _rich(rows: Rows) -> Table:
-    table = Table(title=rows.title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=rows.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False
+    )
     for number, heading in enumerate(rows.headings):
         table.add_column(
             heading,
             justify="left" if number < rows.names else "right",
-            no_wrap=number >= rows.names,
+            # A name must never vanish on a narrow terminal; a figure may break before its ±.
+            min_width=_longest_word(rows, number) if number < rows.names else None,
         )
     for cells in rows.rows:
         # As Text: a hospital's name is never read as markup.
         table.add_row(*(Text(cell) for cell in cells))
     return table
+
+
+def _longest_word(rows: Rows, column: int) -> int:
+    cells = [rows.headings[column], *(cells[column] for cells in rows.rows)]
+    return max(len(word) for cell in cells for word in cell.split() or [""])
 
 
 def _gain(comparison: Comparison) -> Difference:

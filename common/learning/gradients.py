@@ -1,79 +1,187 @@
-"""Where gradients come from: Opacus per record for private steps, autograd for public ones."""
+"""Where gradients come from: per record for private steps, plain autograd for public ones."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from typing import Protocol
 
 import torch
-from opacus import GradSampleModule
 from torch import Tensor, nn
 
+from common.learning.capture import Capture, LayerCall, Loss
+from common.learning.layers import (
+    Held,
+    LayerGradient,
+    LayerSum,
+    ghost,
+    held_numbers,
+    record_gradients,
+)
 from common.learning.loop import Gradient
 from common.learning.records import Records
 from common.privacy.plan import StepPlan, combine_records
 from common.randomness import Stream
 from common.tensors import set_vector, trainable
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""Per-record losses [rows] from answers [rows, outputs] and targets [rows, …]."""
+__all__ = [
+    "Engine",
+    "GhostNorms",
+    "Loss",
+    "PerRecordGradients",
+    "batch_gradient",
+    "choose_engine",
+    "plain_gradient",
+    "private_gradient",
+]
 
 # Per-record gradients of at most so many numbers are held at once (float32: 128 MiB).
 _CHUNK_NUMBERS = 32 * 2**20
+# More records than this gain no speed from being taken together, and their activations cost memory.
+_CHUNK_ROWS = 4096
+
+
+class Engine(Protocol):
+    """Gives clipped sums. One instance serves many hospitals in turn: weights are an argument,
+    nothing is kept between calls, so no stale sum can enter a later release."""
+
+    @property
+    def size(self) -> int:
+        """Trainable numbers, d."""
+        ...
+
+    def rows_at_once(self, *, one_record_each: bool) -> int:
+        """Records that fit into memory together."""
+        ...
+
+    def clipped_sum(
+        self,
+        weights: Tensor,
+        inputs: Tensor,
+        targets: Tensor,
+        owners: Tensor,
+        units: int,
+        plan: StepPlan,
+    ) -> Tensor:
+        """Σ over units of each unit's mean gradient, clipped once: [d].
+
+        ``owners`` [rows] names each record's unit in ``0..units-1``, in ascending order. A unit
+        whose gradient is not finite counts as zero.
+        """
+        ...
 
 
 class PerRecordGradients:
-    """Gradients of each record's own loss, through Opacus's hooks.
-
-    One instance serves many hospitals in turn: weights are an argument, nothing is kept between
-    calls, so no stale sum can enter a later release.
-    """
+    """Holds the gradient of every record: any number of records per unit."""
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
-        self.model = model
+        """Raises PrivacyError when ``model`` has no per-record gradients."""
         self.loss = loss
-        self.size = sum(parameter.numel() for parameter in trainable(model))
-        self._hooked = GradSampleModule(model, loss_reduction="sum", strict=True)
-        self._hooked.train()
+        self._capture = Capture(model)
+        self.size = self._capture.size
+
+    def rows_at_once(self, *, one_record_each: bool) -> int:  # noqa: ARG002
+        """All d numbers of each record are held."""
+        return _rows(self.size)
 
     def __call__(self, weights: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Per-record gradients [rows, d] at ``weights`` [d]."""
         if len(inputs) == 0:
             return torch.zeros(0, self.size)
-        self._forget()
-        set_vector(self.model, weights)
-        parameters = trainable(self.model)
-        with _no_input_gradient_warning():
-            torch.autograd.backward(self.loss(self._hooked(inputs), targets).sum())
-        each = [
-            parameter.grad_sample.reshape(len(inputs), -1)  # type: ignore[attr-defined]
-            for parameter in parameters
+        found = {
+            one.parameter: one.each.reshape(len(inputs), -1)
+            for one in self._gradients(weights, inputs, targets)
+        }
+        return torch.cat(
+            [
+                found[one] if one in found else torch.zeros(len(inputs), one.numel())
+                for one in self._capture.parameters
+            ],
+            dim=1,
+        )
+
+    def clipped_sum(
+        self,
+        weights: Tensor,
+        inputs: Tensor,
+        targets: Tensor,
+        owners: Tensor,
+        units: int,
+        plan: StepPlan,
+    ) -> Tensor:
+        """See ``Engine``."""
+        if len(inputs) == 0:
+            return torch.zeros(self.size)
+        gradients = self._gradients(weights, inputs, targets)
+        if not _one_record_each(owners, units):
+            gradients = [
+                LayerGradient(
+                    one.parameter, combine_records(one.each.flatten(start_dim=1), owners, units)
+                )
+                for one in gradients
+            ]
+        return _clipped(self._capture.parameters, [Held(gradients)] if gradients else [], plan)
+
+    def _gradients(self, weights: Tensor, inputs: Tensor, targets: Tensor) -> list[LayerGradient]:
+        return [
+            gradient
+            for calls in _by_layer(self._capture(self.loss, weights, inputs, targets))
+            for gradient in record_gradients(calls)
         ]
-        self._forget()
-        return torch.cat(each, dim=1)
-
-    def _forget(self) -> None:
-        """Drop everything the hooks keep, also what an interrupted call left half done."""
-        for layer in self.model.modules():
-            layer.__dict__.pop("activations", None)
-        for parameter in trainable(self.model):
-            parameter.grad = None
-            parameter.grad_sample = None  # type: ignore[attr-defined]
-            parameter._forward_counter = 0  # type: ignore[attr-defined]
-            parameter.__dict__.pop("_current_grad_sample", None)
 
 
-@contextmanager
-def _no_input_gradient_warning() -> Iterator[None]:
-    # A frozen encoder's output needs no gradient, by design; torch warns at every step.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        yield
+class GhostNorms:
+    """Norms without gradients where that is cheaper, then one weighted sum ("ghost clipping").
+
+    Ghost norms are norms of single records: the norm of a mean over a patient's records does not
+    follow from theirs. A step in which some unit has several records is taken per record.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        """Raises PrivacyError when ``model`` has no per-record gradients."""
+        self.loss = loss
+        self._capture = Capture(model)
+        self._per_record = PerRecordGradients(model, loss)
+        self.size = self._capture.size
+        self._held = sum(held_numbers(module) for module in model.modules())
+
+    def rows_at_once(self, *, one_record_each: bool) -> int:
+        """At worst every layer's gradients are held, embeddings excepted."""
+        return _rows(self._held if one_record_each else self.size)
+
+    def clipped_sum(
+        self,
+        weights: Tensor,
+        inputs: Tensor,
+        targets: Tensor,
+        owners: Tensor,
+        units: int,
+        plan: StepPlan,
+    ) -> Tensor:
+        """See ``Engine``."""
+        if not _one_record_each(owners, units):
+            return self._per_record.clipped_sum(weights, inputs, targets, owners, units, plan)
+        if len(inputs) == 0:
+            return torch.zeros(self.size)
+        calls = self._capture(self.loss, weights, inputs, targets)
+        return _clipped(self._capture.parameters, [ghost(one) for one in _by_layer(calls)], plan)
+
+
+def choose_engine(model: nn.Module, loss: Loss, records: Records) -> Engine:
+    """Ghost norms when every unit has one record, otherwise per-record gradients.
+
+    Measured on one core, ghost norms over per-record gradients in time for 16 to 256 records: a
+    linear head 0.9, MLPs of width 16 and 64 0.6 to 0.9, an MLP of width 512 0.04 to 0.5 (and none
+    of the 0.4 GB that its per-record gradients would take), a CNN, a transformer and its LoRA 1.0
+    within the noise of the clock: there ``ghost`` holds the same gradients layer by layer. The
+    choice changes the sum's rounding, nothing else.
+
+    Raises PrivacyError when ``model`` has no per-record gradients.
+    """
+    return (GhostNorms if records.one_each else PerRecordGradients)(model, loss)
 
 
 def private_gradient(
-    each: PerRecordGradients,
+    each: Engine,
     records: Records,
     plan: StepPlan,
     *,
@@ -83,17 +191,25 @@ def private_gradient(
     """The noised mean gradient of one Poisson sample per call.
 
     ``expected_units`` is a *public* number (declared patients × sampling rate): dividing by the
-    true size of the sample or the cohort would reveal it.
+    true size of the sample or the cohort would reveal it. The stream is drawn from in the same
+    order whatever the engine and the memory: they change the sum's rounding, nothing else.
     """
 
     def gradient(weights: Tensor) -> Tensor:
         units = plan.sample(stream, records.units)
+        rows, owners = records.rows_of(units, plan.records_per_unit, stream)
         total = torch.zeros(each.size)
-        for chunk in torch.split(units, _units_per_chunk(each.size, plan.records_per_unit)):
-            rows, owners = records.rows_of(chunk, plan.records_per_unit, stream)
-            gradients = each(weights, records.inputs[rows], records.targets[rows])
-            total += plan.clipped_sum(combine_records(gradients, owners, len(chunk)))
-        return plan.noised(total, stream) / expected_units
+        for start, stop, part in _parts(owners, len(units), each):
+            chosen = rows[part]
+            total += each.clipped_sum(
+                weights,
+                records.inputs[chosen],
+                records.targets[chosen],
+                owners[part] - start,
+                stop - start,
+                plan,
+            )
+        return plan.noised(total, stream).div_(expected_units)
 
     return gradient
 
@@ -139,5 +255,54 @@ def _backward(model: nn.Module, weights: Tensor, objective: Callable[[], Tensor]
     return torch.cat([one.reshape(-1) for one in gradients])
 
 
-def _units_per_chunk(size: int, records_per_unit: int) -> int:
-    return max(1, _CHUNK_NUMBERS // (size * records_per_unit))
+def _clipped(parameters: list[nn.Parameter], layers: list[LayerSum], plan: StepPlan) -> Tensor:
+    """The clipped sum [d] over layers that all hold the same records."""
+    total = torch.zeros(sum(parameter.numel() for parameter in parameters))
+    if not layers:
+        return total
+    into, start = {}, 0
+    for parameter in parameters:
+        stop = start + parameter.numel()
+        into[parameter] = total[start:stop].view_as(parameter)
+        start = stop
+    squares = layers[0].squares
+    for layer in layers[1:]:
+        squares = squares + layer.squares
+    norms = squares.sqrt()
+    finite = torch.isfinite(norms)
+    sound = None if bool(finite.all()) else finite
+    factors = plan.clip_factors(norms)
+    for layer in layers:
+        layer.add_sum(factors, sound, into)
+    return total
+
+
+def _by_layer(calls: list[LayerCall]) -> list[list[LayerCall]]:
+    layers: dict[nn.Module, list[LayerCall]] = {}
+    for call in calls:
+        layers.setdefault(call.layer, []).append(call)
+    return list(layers.values())
+
+
+def _parts(owners: Tensor, units: int, each: Engine) -> Iterator[tuple[int, int, slice]]:
+    """Units from ``start`` to ``stop`` and the slice of their rows; no unit is split."""
+    if len(owners) == 0:
+        return
+    at_once = each.rows_at_once(one_record_each=_one_record_each(owners, units))
+    if len(owners) <= at_once:
+        yield 0, units, slice(0, len(owners))
+        return
+    ends = torch.bincount(owners, minlength=units).cumsum(0).tolist()
+    start, begin = 0, 0
+    for unit in range(units):
+        if unit + 1 == units or ends[unit + 1] - begin > at_once:
+            yield start, unit + 1, slice(begin, ends[unit])
+            start, begin = unit + 1, ends[unit]
+
+
+def _one_record_each(owners: Tensor, units: int) -> bool:
+    return len(owners) == units and torch.equal(owners, torch.arange(units))
+
+
+def _rows(numbers_per_row: int) -> int:
+    return max(1, min(_CHUNK_ROWS, _CHUNK_NUMBERS // max(1, numbers_per_row)))

@@ -84,14 +84,15 @@ def auc_from_histogram(histogram: Floats) -> float:
     """AUC from (noised) counts [2, bins] by score; ties within a bin count one half.
 
     Negative counts, which noise makes, are kept: the noise of the two rows is independent, so
-    that it cancels on average in the products; the result is held within [0, 1].
+    that it cancels on average in the products. Noise can push the figure out of [0, 1]; to be
+    shown, it is held within (see ``noise_interval``).
     """
     negatives, positives = histogram
     if negatives.sum() <= 0 or positives.sum() <= 0:
         return math.nan
     below = np.cumsum(negatives) - negatives
     wins = (positives * (below + negatives / 2)).sum()
-    return float(np.clip(wins / (positives.sum() * negatives.sum()), 0, 1))
+    return float(wins / (positives.sum() * negatives.sum()))
 
 
 def accuracy_from_histogram(histogram: Floats) -> float:
@@ -104,7 +105,7 @@ def accuracy_from_histogram(histogram: Floats) -> float:
         right = histogram[0, :middle].sum() + histogram[1, middle:].sum()
     else:
         right = np.trace(histogram)
-    return float(np.clip(right / total, 0, 1))
+    return float(right / total)
 
 
 def noise_interval(
@@ -123,4 +124,5 @@ def noise_interval(
     if math.isnan(mean) or not known:
         return Interval(mean, math.nan, math.nan, 0)
     half = 1.96 * float(np.std(known))
-    return Interval(mean, max(0.0, mean - half), min(1.0, mean + half), 1)
+    low, mean, high = (float(np.clip(one, 0, 1)) for one in (mean - half, mean, mean + half))
+    return Interval(mean, low, high, 1)

@@ -36,6 +36,11 @@ class Records:
     def _starts(self) -> Tensor:
         return torch.cumsum(self._counts, 0) - self._counts
 
+    @property
+    def one_each(self) -> bool:
+        """Whether every unit has exactly one record."""
+        return bool((self._counts == 1).all())
+
     def rows_of(self, units: Tensor, at_most: int, stream: Stream) -> tuple[Tensor, Tensor]:
         """Rows of these units, ``at_most`` random ones of each, and their place in ``units``.
 

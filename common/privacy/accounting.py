@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import dp_accounting
+
 from common.errors import PrivacyError
 from common.privacy import pld
 from common.privacy.units import Relation
@@ -76,6 +78,28 @@ def epsilon(events: Iterable[Event], *, delta: float, relation: Relation) -> flo
     if not together:
         return 0.0
     return _composed(together, relation, 0).epsilon(delta)
+
+
+def library_epsilon(events: Iterable[Event], *, delta: float, relation: Relation) -> float:
+    """The same ε by ``dp-accounting``, an independent library; slow for many distinct events.
+
+    Statements are checked against it: two implementations must fail alike to mislead anyone.
+    """
+    check_delta(delta)
+    neighbours = {
+        Relation.ADD_REMOVE: dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
+        Relation.REPLACE_ONE: dp_accounting.NeighboringRelation.REPLACE_ONE,
+    }
+    accountant = dp_accounting.pld.PLDAccountant(neighbours[relation])
+    for event in merged(events):
+        gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
+        accountant.compose(
+            dp_accounting.PoissonSampledDpEvent(event.sampling_rate, gaussian)
+            if event.sampling_rate < 1
+            else gaussian,
+            event.steps,
+        )
+    return float(accountant.get_epsilon(delta))
 
 
 def calibrate(

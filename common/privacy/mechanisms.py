@@ -21,6 +21,15 @@ def poisson_sample(stream: Stream, units: int, rate: float) -> Tensor:
     return torch.from_numpy((stream.uniform(units) < rate).nonzero()[0])
 
 
+def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
+    """What each contribution of norm ``norms`` [units] is scaled by: at most ``clip_norm`` remains.
+
+    A norm that is not finite gets 0: that contribution is dropped.
+    """
+    factors = clip_norm / norms.clamp(min=clip_norm)
+    return torch.where(torch.isfinite(norms), factors, torch.zeros_like(norms))
+
+
 def clip_sum(contributions: Tensor, clip_norm: float) -> Tensor:
     """Sum of ``contributions`` [units, d] after scaling each to L2 norm at most ``clip_norm``.
 
@@ -30,11 +39,10 @@ def clip_sum(contributions: Tensor, clip_norm: float) -> Tensor:
     algorithm 1).
     """
     norms = torch.linalg.vector_norm(contributions, dim=1)
-    sound = torch.isfinite(norms)
     # A norm overflows to infinity before its entries do; both are dropped alike.
-    factors = torch.where(sound, clip_norm / norms.clamp(min=clip_norm), torch.zeros_like(norms))
-    finite = torch.where(sound[:, None], contributions, torch.zeros_like(contributions))
-    return factors @ finite
+    sound = torch.isfinite(norms)[:, None]
+    finite = torch.where(sound, contributions, torch.zeros_like(contributions))
+    return clip_factors(norms, clip_norm) @ finite
 
 
 def add_gaussian(total: Tensor, stream: Stream, noise_std: float) -> Tensor:

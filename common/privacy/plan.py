@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.errors import PrivacyError
 from common.privacy.accounting import GaussianEvent
-from common.privacy.mechanisms import add_gaussian, clip_sum, poisson_sample
+from common.privacy.mechanisms import add_gaussian, clip_factors, clip_sum, poisson_sample
 from common.privacy.units import PrivacyUnit, Relation
 from common.randomness import Stream
 
@@ -73,6 +73,10 @@ class StepPlan:
         chunks, as long as no unit is split over two of them.
         """
         return clip_sum(contributions, self.clip_norm)
+
+    def clip_factors(self, norms: Tensor) -> Tensor:
+        """What ``clipped_sum`` scales contributions of these norms [units] by."""
+        return clip_factors(norms, self.clip_norm)
 
     def noised(self, total: Tensor, stream: Stream) -> Tensor:
         """The releasable sum [d]: ``total`` plus this step's noise."""

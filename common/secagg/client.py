@@ -19,8 +19,8 @@ The rules that protect this hospital's vector, whatever coordinator and colluder
 What remains: the coordinator and all hospitals but one learn the last one's vector by
 subtraction, and anyone learns the sum. With 2·threshold - roster colluders or more, which the
 terms keep above ``colluders``, a coordinator can have two survivor sets signed, one hospital alive
-in one and gone in the other, and unmask it. A hospital may send wrong integers or wrong shares: that
-spoils a sum, or ends an attempt, but uncovers nobody.
+in one and gone in the other, and unmask it. A hospital may send wrong integers or wrong shares:
+that spoils a sum, or ends an attempt, but uncovers nobody.
 """
 
 from __future__ import annotations

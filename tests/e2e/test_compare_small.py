@@ -222,7 +222,12 @@ def test_reports_of_comparison_and_run_name_every_hospital(done: Comparison) -> 
 
 
 def test_a_study_without_privacy_compares_three_arms(tmp_path: Path) -> None:
-    study = small(privacy__trust="none", privacy__epsilon=None, privacy__delta=None)
+    study = small(
+        privacy__trust="none",
+        privacy__epsilon=None,
+        privacy__delta=None,
+        evaluation__epsilon=None,
+    )
     found = compare(study, tmp_path / "c", Path(), seeds=1, watch=lambda _: None)
     assert list(found.arms) == ["federated", "alone", "pooled"]
     assert found.sweep == ()

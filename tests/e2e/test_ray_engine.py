@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -105,14 +105,15 @@ def flwr_run(home: Path, folder: Path, run: Path) -> str:
 def in_process(folder: Path, run: Path) -> None:
     study = load_study(folder / "study.toml")
     homes = sorted((folder / "hospitals").iterdir())
-    run_in_process(
-        study,
-        RunFolder.create(run, study),
-        [open_hospital(home, noise_seed=SEED) for home in homes],
-        read_corpus(study, folder / "public"),
-        lambda _: None,
-        debug=True,
-    )
+    with ExitStack() as stack:
+        run_in_process(
+            study,
+            RunFolder.create(run, study),
+            [stack.enter_context(open_hospital(home, noise_seed=SEED)) for home in homes],
+            read_corpus(study, folder / "public"),
+            lambda _: None,
+            debug=True,
+        )
 
 
 @pytest.mark.timeout(180)

@@ -90,7 +90,7 @@ def test_the_statement_keeps_the_promise(wisconsin: Study, finished: Path) -> No
     assert [one["stage"] for one in statement["charges"]] == ["finetune", "evaluate"]
     assert len(statement["hospitals"]) == 4
     text = (finished / "PRIVACY.md").read_text()
-    assert "differentially private for each patient" in text
+    assert "differentially private for each training patient" in text
     spent = [one["epsilon"] for one in RunFolder(finished).metrics() if one["epsilon"]]
     assert spent == sorted(spent)
     assert spent[-1] == pytest.approx(statement["epsilon_spent"])

@@ -131,7 +131,12 @@ def test_default_sweep_lies_around_the_studys_own_epsilon() -> None:
         ({}, {"seeds": 0}, "seeds: expected at least 1, found 0"),
         ({}, {"seeds": 1, "epsilons": [-1.0]}, "expected numbers above 0"),
         (
-            {"privacy__trust": "none", "privacy__epsilon": None, "privacy__delta": None},
+            {
+                "privacy__trust": "none",
+                "privacy__epsilon": None,
+                "privacy__delta": None,
+                "evaluation__epsilon": None,
+            },
             {"seeds": 1, "epsilons": [1.0]},
             "an ε sweep needs privacy",
         ),
@@ -203,12 +208,12 @@ def test_arms_differ_in_privacy_and_minimum_only_and_never_share_noise(
     assert seen[arms.POOLED, None][0] == own.revised(federation__minimum_hospitals=1)
     assert seen[arms.FEDERATED_NO_PRIVACY, None][0].privacy.trust == "none"
     first = [
-        hospital.noise.stream("x").normal(1)[0]
+        hospital.guard.noise.stream("x").normal(1)[0]
         for _, hospitals in seen.values()
         for hospital in hospitals
     ]
     assert len(set(first)) == len(first)
-    assert all(hospital.noise.is_secret for _, them in seen.values() for hospital in them)
+    assert all(hospital.guard.noise.is_secret for _, them in seen.values() for hospital in them)
 
 
 def test_a_name_that_leaves_its_folder_is_refused(world: World) -> None:

@@ -123,8 +123,9 @@ def test_noise_alone_has_no_figure_or_one_within_bounds() -> None:
     assert math.isnan(auc_from_histogram(np.array([[-1.0, 0.5], [2.0, 2.0]])))
     assert math.isnan(accuracy_from_histogram(-np.ones((2, 4))))
     extreme = np.array([[9.0, -8.0], [-3.0, 5.0]])
-    assert 0 <= auc_from_histogram(extreme) <= 1
-    assert 0 <= accuracy_from_histogram(extreme) <= 1
+    for figure in (auc_from_histogram, accuracy_from_histogram):
+        shown = noise_interval(extreme, 2.0, figure)
+        assert 0 <= shown.low <= shown.mean <= shown.high <= 1
 
 
 def test_the_noise_interval_covers_the_truth() -> None:

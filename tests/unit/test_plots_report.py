@@ -145,7 +145,12 @@ def test_the_answer_comes_first_with_its_interval(tmp_path: Path) -> None:
         (False, {}, "whoever knows the seed can remove it"),
         (
             True,
-            {"privacy__trust": "none", "privacy__epsilon": None, "privacy__delta": None},
+            {
+                "privacy__trust": "none",
+                "privacy__epsilon": None,
+                "privacy__delta": None,
+                "evaluation__epsilon": None,
+            },
             "Nothing was clipped and no noise was added",
         ),
     ],

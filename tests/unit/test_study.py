@@ -268,7 +268,12 @@ def test_every_example_round_trips(examples: list[Path]) -> None:
 
 
 _VARIANTS: list[Tree] = [
-    {"privacy__trust": "none", "privacy__epsilon": None, "privacy__delta": None},
+    {
+        "privacy__trust": "none",
+        "privacy__epsilon": None,
+        "privacy__delta": None,
+        "evaluation__epsilon": None,
+    },
     {"privacy__unit": "record"},
     {"privacy__relation": "replace_one"},
     {"evaluation__epsilon": None},

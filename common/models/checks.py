@@ -1,0 +1,186 @@
+"""Which models can be trained privately: refused before training, with the reason in one line.
+
+A private step needs the gradient of each record by itself. That exists only when no record changes
+another one's answer, nothing computed from records stays in the model, and every trainable layer
+has a tested rule for its records' gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from opacus.layers.dp_multihead_attention import SequenceBias
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from common.errors import PrivacyError
+
+# Exact types: a subclass may compute something else. Records lie in the first dimension of each.
+SUPPORTED_LAYERS: frozenset[type[nn.Module]] = frozenset(
+    {
+        nn.Linear,
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+        nn.Embedding,
+        nn.GroupNorm,
+        nn.LayerNorm,
+        nn.InstanceNorm1d,
+        nn.InstanceNorm2d,
+        nn.InstanceNorm3d,
+        nn.RMSNorm,
+    }
+)
+_INSTEAD: dict[type[nn.Module], str] = {
+    nn.MultiheadAttention: "use opacus.layers.DPMultiheadAttention, which is made of Linear layers",
+    nn.LSTM: "use opacus.layers.DPLSTM frozen, or an attention or convolution layer",
+    nn.GRU: "use opacus.layers.DPGRU frozen, or an attention or convolution layer",
+    nn.Bilinear: "use Linear layers",
+    nn.EmbeddingBag: "use Embedding and a mean",
+    SequenceBias: "build the attention without add_bias_kv",
+}
+
+
+def check_private(model: nn.Module) -> None:
+    """Refuse a model whose per-record gradients do not exist or are not computed correctly.
+
+    Raises PrivacyError, which names the layer and says what to use in its place.
+    """
+    for name, module in model.named_modules():
+        place = _place(name, module)
+        if isinstance(module, _BatchNorm):
+            raise PrivacyError(
+                f"{place}: BatchNorm mixes the records of a batch and remembers their statistics, "
+                f"so that no patient's own gradient exists; use GroupNorm"
+            )
+        if isinstance(module, _InstanceNorm) and module.track_running_stats:
+            raise PrivacyError(
+                f"{place}: running statistics of patients would stay in the model uncharged; "
+                f"set track_running_stats=False or use GroupNorm"
+            )
+        if getattr(module, "inplace", False) is True:
+            raise PrivacyError(
+                f"{place}: overwrites the values that per-record gradients are computed from; "
+                f"set inplace=False"
+            )
+        if trains(module):
+            _check_layer(place, module)
+    _check_untied(model)
+
+
+def trains(module: nn.Module) -> bool:
+    """Whether the module itself, not a part of it, holds a trainable parameter."""
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
+def check_records_apart(model: nn.Module, like: Tensor) -> None:
+    """Refuse a model in which one record changes another one's answer.
+
+    Two made-up records of the shape and type of ``like`` [rows, …] are answered together and
+    alone; no patient's value enters. It finds hand-written normalisation over the batch, which no
+    list of layers can, and trainable layers that see something else than records in the first
+    dimension, which would be mistaken for records whenever the sizes happen to agree.
+    """
+    shape = (2, *like.shape[1:])
+    if like.is_floating_point():
+        made_up = torch.cos(torch.arange(math.prod(shape), dtype=like.dtype) ** 1.5).reshape(shape)
+    else:
+        made_up = torch.stack([torch.full(shape[1:], row, dtype=like.dtype) for row in (0, 1)])
+    rows_seen: list[tuple[nn.Module, tuple[int, ...], tuple[int, ...]]] = []
+
+    def note(layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        rows_seen.append((layer, tuple(arguments[0].shape), tuple(output.shape)))
+
+    handles = [one.register_forward_hook(note) for one in model.modules() if trains(one)]
+    training = model.training
+    model.eval()  # dropout draws differ between calls, by design
+    try:
+        answers = []
+        for rows in (2, 1):
+            with torch.no_grad():
+                answers.append(model(made_up[:rows]))
+            for layer, given, answered in rows_seen:
+                check_records_first(model, layer, rows, given, answered)
+            rows_seen.clear()
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    together, alone = answers
+    if alone.shape[0] != 1 or not torch.allclose(
+        together[:1], alone, rtol=1e-3, atol=1e-4, equal_nan=True
+    ):
+        raise PrivacyError(
+            f"{type(model).__name__}: the answer for one record depends on the other records of "
+            f"its batch, so that no patient's own gradient exists; normalise each record by itself"
+        )
+
+
+def check_records_first(
+    model: nn.Module, layer: nn.Module, rows: int, given: tuple[int, ...], answered: tuple[int, ...]
+) -> None:
+    """Refuse a layer whose input or output does not hold the ``rows`` records one by one."""
+    if given[:1] != (rows,) or answered[:1] != (rows,):
+        raise PrivacyError(
+            f"{place_of(model, layer)}: expected the {rows} records in the first dimension, found "
+            f"shape {given}; keep records first, or freeze the layer"
+        )
+
+
+def place_of(model: nn.Module, layer: nn.Module) -> str:
+    """How an error names ``layer``."""
+    name = next(name for name, module in model.named_modules() if module is layer)
+    return _place(name, layer)
+
+
+def _place(name: str, layer: nn.Module) -> str:
+    return f"layer {name!r} ({type(layer).__name__})" if name else type(layer).__name__
+
+
+def _check_layer(place: str, module: nn.Module) -> None:
+    kind = type(module)
+    if kind not in SUPPORTED_LAYERS:
+        known = ", ".join(sorted(one.__name__ for one in SUPPORTED_LAYERS))
+        instead = _INSTEAD.get(kind, f"put its parameters into one of {known}, or freeze it")
+        raise PrivacyError(f"{place}: no rule for its per-record gradients; {instead}")
+    if any(True for _ in module.buffers(recurse=False)):
+        raise PrivacyError(
+            f"{place}: a trainable layer with buffers may keep values of patients; "
+            f"remove the buffers or freeze the layer"
+        )
+    if getattr(module, "parametrizations", None):
+        raise PrivacyError(f"{place}: parametrised weights have no per-record rule; remove them")
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        raise PrivacyError(
+            f"{place}: padding_mode={module.padding_mode!r} has no per-record rule; use 'zeros'"
+        )
+    if isinstance(module, nn.Embedding) and (
+        module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+    ):
+        raise PrivacyError(
+            f"{place}: max_norm, scale_grad_by_freq and sparse mix records or change weights "
+            f"outside the private step; leave them off"
+        )
+
+
+def _check_untied(model: nn.Module) -> None:
+    owner: dict[tuple[int, int], str] = {}
+    for name, parameter in _trainable_everywhere(model):
+        place = (parameter.untyped_storage().data_ptr(), int(parameter.storage_offset()))
+        if parameter.numel() == 0:
+            continue
+        if place in owner:
+            raise PrivacyError(
+                f"weights {owner[place]!r} and {name!r} are tied: each layer would be clipped as "
+                f"if it were alone, and the bound on a patient would fail; give each its own"
+            )
+        owner[place] = name
+
+
+def _trainable_everywhere(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            yield name, parameter

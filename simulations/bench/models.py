@@ -1,0 +1,124 @@
+"""Three small models on random public data, for timing one private step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from common.models.lora import add_lora
+from common.models.networks import image_student
+
+VOCABULARY = 512
+TOKENS = 64
+WIDTH = 128
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model maker and one batch for it: ``inputs`` [rows, …], ``targets`` [rows]."""
+
+    make: Callable[[], nn.Module]
+    inputs: Tensor
+    targets: Tensor
+
+
+def workloads() -> dict[str, Workload]:
+    """MLP 30-64-64-2 on 64 records, a CNN on 64 images, a LoRA transformer on 32 texts."""
+    generator = torch.Generator().manual_seed(0)
+
+    def labels(rows: int) -> Tensor:
+        return torch.randint(0, 2, (rows,), generator=generator)
+
+    return {
+        "mlp": Workload(mlp, torch.randn(64, 30, generator=generator), labels(64)),
+        "cnn": Workload(cnn, torch.randn(64, 1, 28, 28, generator=generator), labels(64)),
+        "lora": Workload(
+            lora_transformer,
+            torch.randint(0, VOCABULARY, (32, TOKENS), generator=generator),
+            labels(32),
+        ),
+    }
+
+
+def mlp() -> nn.Module:
+    """6,274 parameters."""
+    return nn.Sequential(
+        nn.Linear(30, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 2)
+    )
+
+
+def cnn() -> nn.Module:
+    """About 30,000 parameters, GroupNorm, no BatchNorm."""
+    return image_student((28, 28), (16, 32, 80), 2)
+
+
+class SelfAttention(nn.Module):
+    """Attention over all positions, made of Linear layers: [rows, T, width] → the same."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Mix positions of each record by itself."""
+        rows, positions, width = inputs.shape
+
+        def split(layer: nn.Module) -> Tensor:
+            answer: Tensor = layer(inputs)
+            return answer.reshape(rows, positions, self.heads, -1).transpose(1, 2)
+
+        query, key, value = split(self.query), split(self.key), split(self.value)
+        weights = torch.softmax(query @ key.mT / math.sqrt(query.shape[-1]), dim=-1)
+        mixed = (weights @ value).transpose(1, 2).reshape(rows, positions, width)
+        return self.out(mixed)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.first_norm = nn.LayerNorm(width)
+        self.attention = SelfAttention(width, heads)
+        self.second_norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[rows, T, width] → the same."""
+        inputs = inputs + self.attention(self.first_norm(inputs))
+        wide = nn.functional.gelu(self.up(self.second_norm(inputs)))
+        return inputs + self.down(wide)  # type: ignore[no-any-return]
+
+
+class Transformer(nn.Module):
+    """Words in, one answer a record out: [rows, T] → [rows, outputs]."""
+
+    def __init__(self, *, width: int = WIDTH, layers: int = 2, heads: int = 4) -> None:
+        super().__init__()
+        self.words = nn.Embedding(VOCABULARY, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The mean over positions decides."""
+        code = self.words(inputs)
+        for block in self.blocks:
+            code = block(code)
+        return self.head(code.mean(dim=1))  # type: ignore[no-any-return]
+
+
+def lora_transformer() -> nn.Module:
+    """Two layers of width 128; rank 8 on every attention and MLP layer, and the head."""
+    model = Transformer()
+    add_lora(model, ("query", "key", "value", "out", "up", "down"), rank=8, seed=0)
+    model.head.requires_grad_(True)
+    return model
