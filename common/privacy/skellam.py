@@ -158,7 +158,7 @@ def _small_correction(value: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def _stirling_error(k: NDArray[np.float64]) -> NDArray[np.float64]:
-    """log k! - (log√(2πk) + k·log k - k), for k ≥ 16 (Loader 2000, equation 4)."""
+    """log k! - (log√(2πk) + k·log k - k), for k ≥ 16. Loader 2000."""
     square = k * k
     return np.asarray(
         (

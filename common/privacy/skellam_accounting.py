@@ -13,16 +13,16 @@ The first term is the Gaussian mechanism's; the second vanishes as the scale gro
 
     ε'(α) ≤ log( Σ_{l=0..α} C(α,l)·(1-q)^(α-l)·q^l·exp((l-1)·ε(l)) ) / (α - 1),
 
-the form of the sampled Gaussian in Mironov, Talwar & Zhang 2019 (arXiv 1908.10530, sections 3.1
-to 3.3), without the factor 3 of Zhu & Wang 2019 for arbitrary mechanisms. Why it holds here: fix
-the sample S of the other patients (joint quasi-convexity of the divergence) and let P and Q be
-noise around f(S) and f(S ∪ {x}). D_α((1-q)P + qQ ‖ P) is the sum above, by the binomial theorem
-and D_l(Q ‖ P) ≤ ε(l). The other direction, D_α(P ‖ (1-q)P + qQ), is no larger: the reflection at
-the midpoint of the two centres swaps P and Q, since the noise is symmetric and the shift an
-integer vector. With r = Q/P, a = 1 - q + qr and b = r + 1 - a, swapping turns the claim into
-a^α - a^(1-α) ≥ b·(s^α - s^(1-α)) for s = r/b ≤ a. As b = (a - 1)/(s - 1), it compares the slopes
-of two chords from 1 of the function x^α - x^(1-α), which is convex above 1 and concave below.
-The replace-one relation under sampling has no such proof here and is refused.
+the form of the sampled Gaussian in Mironov, Talwar & Zhang 2019 (arXiv 1908.10530), without the
+factor 3 of Zhu & Wang 2019 for arbitrary mechanisms. Why it holds here: fix the sample S of the
+other patients (joint quasi-convexity of the divergence) and let P and Q be noise around f(S) and
+f(S ∪ {x}). D_α((1-q)P + qQ ‖ P) is the sum above, by the binomial theorem and D_l(Q ‖ P) ≤ ε(l).
+The other direction, D_α(P ‖ (1-q)P + qQ), is no larger: the reflection at the midpoint of the two
+centres swaps P and Q, since the noise is symmetric and the shift an integer vector. With r = Q/P,
+a = 1 - q + qr and b = r + 1 - a, swapping turns the claim into a^α - a^(1-α) ≥ b·(s^α - s^(1-α))
+for s = r/b ≤ a. As b = (a - 1)/(s - 1), it compares the slopes of two chords from 1 of the
+function x^α - x^(1-α), which is convex above 1 and concave below. The replace-one relation under
+sampling has no such proof here and is refused.
 
 **Why not PLD.** A privacy loss distribution needs the worst pair of neighbours. In one dimension
 it is known; among integer vectors of bounded L1 and L2 norm it is not, and the one-dimensional

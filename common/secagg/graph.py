@@ -2,7 +2,7 @@
 
 Up to 32 hospitals the graph is complete. Beyond, it is the random k-regular Harary graph of Bell,
 Bonawitz, Gascón, Lepoint & Raykova 2020, "Secure single-server aggregation with (poly)logarithmic
-overhead" (CCS, sections 3 and 4): hospitals stand on a ring in an order drawn from a public seed,
+overhead" (CCS): hospitals stand on a ring in an order drawn from a public seed,
 and each is joined to the w = k/2 nearest on either side. The seed is a hash of the signed roster,
 which holds a fresh key of every honest hospital.
 
@@ -23,10 +23,10 @@ the absentees:
 * the 2w neighbours of a hospital hold at most 2m - 2 colluders and at least 2m survivors: with
   share threshold 2m - 1 colluders alone rebuild no secret, and survivors always can.
 
-The colluders' bound is 2⁻⁸⁰ rather than the customary 2⁻⁴⁰ because a coordinator with colluders can
-try other rosters and keys until the ring suits it; 2⁴⁰ tries still leave 2⁻⁴⁰. Missing the
-absentees' bound costs a clean failure and another attempt. For n = 100 with 5 colluders and 5
-absentees k is 22; for 1,000 with 20 and 20 it is 50:
+Colluders are taken to be chosen before the ring is drawn. Their bound is 2⁻⁸⁰ rather than the
+customary 2⁻⁴⁰ because a coordinator with colluders can try other rosters and keys until the ring
+suits it; 2⁴⁰ tries still leave 2⁻⁴⁰. Missing the absentees' bound costs a clean failure and another
+attempt. For n = 100 with 5 colluders and 5 absentees k is 22; for 1,000 with 20 and 20 it is 50:
 2·log₂ n plus the margin these bounds ask.
 """
 
