@@ -12,6 +12,7 @@
     ├── AuditError            the audit log was edited, cut or reordered, or cannot be written
     ├── SecretError           a key or secret file cannot be opened, or anyone could read it
     ├── SignatureError        a signature is not by the expected key over these bytes
+    ├── SecAggError           a secure aggregation cannot be completed, or its terms are unsound
     ├── MessageError          a message from the other side is malformed or out of place
     └── RunError              a run folder cannot be created, read or resumed
 
@@ -72,6 +73,10 @@ class SecretError(ConsiliumError):
 
 class SignatureError(ConsiliumError):
     """A signature does not verify."""
+
+
+class SecAggError(ConsiliumError):
+    """A secure aggregation cannot be completed, or its terms are unsound."""
 
 
 class MessageError(ConsiliumError):

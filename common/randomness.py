@@ -37,10 +37,13 @@ class Stream:
             raise ValueError(f"expected a key of {_KEY_BYTES} bytes, found {len(key)}")
         self._keystream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
 
+    def words(self, count: int) -> NDArray[np.uint64]:
+        """``count`` words of 64 random bits."""
+        return np.frombuffer(self._keystream.update(bytes(8 * count)), dtype="<u8")
+
     def uniform(self, count: int) -> NDArray[np.float64]:
         """``count`` uniforms in [0, 1) with 53 random bits each."""
-        words = np.frombuffer(self._keystream.update(bytes(8 * count)), dtype="<u8")
-        return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def normal(self, count: int) -> NDArray[np.float64]:
         """``count`` independent standard normals (Box & Muller 1958)."""

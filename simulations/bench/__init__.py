@@ -9,9 +9,11 @@ from typing import Any
 from simulations.bench.accuracy import accuracy
 from simulations.bench.pretraining import pretraining
 from simulations.bench.privacy import privacy
+from simulations.bench.secagg import secagg
 
 BENCHES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "accuracy": accuracy,
     "pretraining": pretraining,
     "privacy": privacy,
+    "secagg": secagg,
 }
