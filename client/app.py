@@ -12,10 +12,18 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 from client import rounds
+from client.aggregation import Aggregator
 from client.hospital import Hospital, open_hospital
 from common.errors import DataError, RefusalError
 from common.flower import pack, unpack
-from common.wire import EvaluateTask, Hello, StatisticsTask, TrainTask
+from common.wire import (
+    AggregateReply,
+    AggregateStep,
+    EvaluateTask,
+    Hello,
+    StatisticsTask,
+    TrainTask,
+)
 
 OpenHospital = Callable[[Context], AbstractContextManager[Hospital]]
 
@@ -49,8 +57,27 @@ def build_client_app(hospital_of: OpenHospital, *, debug: bool = False) -> Clien
     app.query("hello")(serve(Hello, rounds.hello))
     app.query("statistics")(serve(StatisticsTask, rounds.statistics))
     app.train()(serve(TrainTask, rounds.train))
+    app.train("aggregate")(serve(TrainTask, _begin))
+    app.query("aggregate")(serve(AggregateStep, _step))
     app.evaluate()(serve(EvaluateTask, rounds.evaluate))
     return app
+
+
+def _begin(hospital: Hospital, task: TrainTask) -> AggregateReply:
+    return _aggregator(hospital).begin(hospital, task)
+
+
+def _step(hospital: Hospital, step: AggregateStep) -> AggregateReply:
+    return _aggregator(hospital).step(hospital, step)
+
+
+def _aggregator(hospital: Hospital) -> Aggregator:
+    if hospital.aggregator is None:
+        raise RefusalError(
+            f"{hospital.name} takes part in no secure aggregation: it knows no enrolled peers",
+            rule="secagg.enrolled",
+        )
+    return hospital.aggregator
 
 
 def _told(error: Exception) -> Error:

@@ -247,9 +247,15 @@ def request_digest(*parts: str | int) -> str:
     return running.hexdigest()
 
 
+_TYPES = {"<f4": torch.float32, "<i4": torch.int32}
+
+
 def _bytes(value: Tensor) -> bytes:
-    return bytes(value.contiguous().numpy().astype("<f4").tobytes())
+    kind = next(code for code, dtype in _TYPES.items() if dtype is value.dtype)
+    return kind.encode() + bytes(value.contiguous().numpy().astype(kind).tobytes())
 
 
 def _tensor(content: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(content, dtype="<f4").astype(np.float32))
+    kind = content[:3].decode()
+    array = np.frombuffer(content, dtype=kind, offset=3)
+    return torch.from_numpy(array.copy()).to(_TYPES[kind])

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from common.sources import SourceSpec
 from common.study import EvaluationSpec, Study, load_study, parse_strict
 from common.tables import Table, read_table
 
+if TYPE_CHECKING:
+    from client.aggregation import Aggregator
+
 
 @dataclass(frozen=True)
 class Hospital:
@@ -35,7 +38,7 @@ class Hospital:
 
     ``train`` and ``test`` hold different patients. ``declared_patients`` is public: the hospital's
     own rounded word, used to weigh and to divide, never its true count. ``guard`` lets releases
-    pass; nothing else may.
+    pass; nothing else may. ``aggregator``: its part in secure sums, if it takes part in any.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Hospital:
     test: Table
     declared_patients: int
     guard: Guard
+    aggregator: Aggregator | None = None
 
     def admitted(self, table: Table, round_number: int) -> Table:
         """The rows of ``table`` whose patients may be used in this round."""

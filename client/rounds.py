@@ -22,6 +22,7 @@ from common.learning.records import Records
 from common.models import Student, Teacher, build_student, build_teacher
 from common.privacy.budget import Charge, budget_of, evaluation_charge
 from common.privacy.plan import combine_records
+from common.privacy.units import Trust
 from common.randomness import Stream
 from common.study import OptimiserSpec, Study
 from common.tables import Table
@@ -41,20 +42,21 @@ from common.wire import (
 
 def hello(hospital: Hospital, task: Hello) -> HelloReply:
     """Public facts only. Refuses a study this hospital does not hold."""
-    _same_study(hospital, task.study_digest)
+    check_same_study(hospital, task.study_digest)
     guard = hospital.guard
     return HelloReply(
         hospital=hospital.name,
         study_digest=hospital.study.digest(),
         declared_patients=hospital.declared_patients,
         secret_noise=guard.noise.is_secret and guard.is_lasting,
+        identity=hospital.aggregator.identity.public.text() if hospital.aggregator else "",
     )
 
 
 def statistics(hospital: Hospital, task: StatisticsTask) -> StatisticsReply:
     """One noised sum of bounded moments per numeric column, charged to the training patients."""
-    _same_study(hospital, task.study_digest)
-    charge = _charge(hospital, "statistics", 0)
+    check_same_study(hospital, task.study_digest)
+    charge = charge_of(hospital, "statistics", 0)
     table = hospital.admitted(hospital.train, 0)
     owners, units = units_of(table, hospital.study.privacy.unit)
 
@@ -64,7 +66,7 @@ def statistics(hospital: Hospital, task: StatisticsTask) -> StatisticsReply:
         return plan.noised(plan.clipped_sum(each), stream) if plan.private else each.sum(dim=0)
 
     request = request_digest("statistics", task.study_digest, task.attempt)
-    asked = _release(hospital, charge, table, units, round_number=0, request=request)
+    asked = release_of(hospital, charge, table, units, round_number=0, request=request)
     sums = hospital.guard.release(asked, compute)
     return StatisticsReply(hospital=hospital.name, sums=sums.reshape(-1, 3))
 
@@ -72,20 +74,15 @@ def statistics(hospital: Hospital, task: StatisticsTask) -> StatisticsReply:
 def train(hospital: Hospital, task: TrainTask) -> TrainReply:
     """One round of local steps; the reply holds only how noised gradients moved the weights."""
     study = hospital.study
-    _same_study(hospital, task.study_digest)
-    charge = _charge(hospital, task.stage, task.round)
-    features = FeatureMap(study.dictionary, scaling_from_tensor(study.dictionary, task.scaling))
+    check_same_study(hospital, task.study_digest)
+    charge = charge_of(hospital, task.stage, task.round)
+    if study.privacy.trust is Trust.DISTRIBUTED:
+        raise RefusalError(
+            "release.trust: this study's updates leave inside a secure sum only",
+            rule="release.trust",
+        )
     table = hospital.admitted(hospital.train, task.round)
-    records = records_of(table, features, study.privacy.unit)
-    teacher = load_teacher(study, features, task.teacher)
-    if task.stage == "finetune":
-        model: Teacher | Student = freeze_for_finetune(study, teacher)
-        loss: Loss = task_named(study.task).loss
-        spec = study.finetune.optimiser
-    else:
-        model = load_student(study, features, task.student)
-        records, loss = taught_records(study, teacher, records)
-        spec = study.distill.optimiser
+    model, loss, records = learning_task(hospital, task, table)
     start = get_vector(model)
 
     def compute(stream: Stream) -> Tensor:
@@ -94,7 +91,7 @@ def train(hospital: Hospital, task: TrainTask) -> TrainReply:
             loss,
             records,
             charge,
-            spec,
+            optimiser_of(study, task.stage),
             start,
             round_number=task.round,
             declared=hospital.declared_patients,
@@ -113,17 +110,36 @@ def train(hospital: Hospital, task: TrainTask) -> TrainReply:
         digest_tensors(task.student),
         digest_tensors({"scaling": task.scaling}),
     )
-    asked = _release(
+    asked = release_of(
         hospital, charge, table, records.units, round_number=task.round, request=request
     )
     update = hospital.guard.release(asked, compute)
     return TrainReply(hospital=hospital.name, stage=task.stage, round=task.round, update=update)
 
 
+def learning_task(
+    hospital: Hospital, task: TrainTask, table: Table
+) -> tuple[Teacher | Student, Loss, Records]:
+    """The model that learns in this stage, its loss, and the records with their targets."""
+    study = hospital.study
+    features = FeatureMap(study.dictionary, scaling_from_tensor(study.dictionary, task.scaling))
+    records = records_of(table, features, study.privacy.unit)
+    teacher = load_teacher(study, features, task.teacher)
+    if task.stage == "finetune":
+        return freeze_for_finetune(study, teacher), task_named(study.task).loss, records
+    records, loss = taught_records(study, teacher, records)
+    return load_student(study, features, task.student), loss, records
+
+
+def optimiser_of(study: Study, stage: str) -> OptimiserSpec:
+    """The optimiser of a stage on patients."""
+    return study.finetune.optimiser if stage == "finetune" else study.distill.optimiser
+
+
 def evaluate(hospital: Hospital, task: EvaluateTask) -> EvaluateReply:
     """Score the test patients. Leaves as a noised histogram, or not at all."""
     study = hospital.study
-    _same_study(hospital, task.study_digest)
+    check_same_study(hospital, task.study_digest)
     charge = evaluation_charge(study)
     if charge is None:
         return EvaluateReply(hospital=hospital.name, histogram=torch.zeros(0, 0))
@@ -146,7 +162,7 @@ def evaluate(hospital: Hospital, task: EvaluateTask) -> EvaluateReply:
         digest_tensors(task.student),
         digest_tensors({"scaling": task.scaling}),
     )
-    asked = _release(hospital, charge, table, units, round_number=0, request=request)
+    asked = release_of(hospital, charge, table, units, round_number=0, request=request)
     histogram = hospital.guard.release(asked, compute)
     classes = len(study.dictionary.label.classes)
     return EvaluateReply(hospital=hospital.name, histogram=histogram.reshape(classes, -1))
@@ -228,7 +244,8 @@ def _local_steps(
     )
 
 
-def _same_study(hospital: Hospital, digest: str) -> None:
+def check_same_study(hospital: Hospital, digest: str) -> None:
+    """Refuse a request about a study this hospital does not hold."""
     if digest != hospital.study.digest():
         raise RefusalError(
             f"{hospital.name} refuses: expected the study it holds "
@@ -236,7 +253,7 @@ def _same_study(hospital: Hospital, digest: str) -> None:
         )
 
 
-def _charge(hospital: Hospital, stage: str, round_number: int) -> Charge:
+def charge_of(hospital: Hospital, stage: str, round_number: int) -> Charge:
     """The stage's charge from the hospital's own copy of the study; σ is never taken on trust."""
     try:
         charge = budget_of(hospital.study).charge(stage)
@@ -249,7 +266,7 @@ def _charge(hospital: Hospital, stage: str, round_number: int) -> Charge:
     return charge
 
 
-def _release(
+def release_of(
     hospital: Hospital, charge: Charge, table: Table, units: int, *, round_number: int, request: str
 ) -> Release:
     """The facts on which the hospital's guard decides."""

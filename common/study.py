@@ -132,6 +132,8 @@ class PublicSpec(Strict):
 class PrivacySpec(Strict):
     """The promise. ``epsilon`` covers all rounds and stages together.
 
+    ``spare_attempts``: rounds of secure aggregation that may fail after hospitals' masked vectors
+    left and be tried again; each is budgeted beforehand (``trust = "distributed"``).
     ``statistics_share``: the part of the budget (as a share of squared signal-to-noise) spent on
     private scaling when ``scaling = "private"``.
     """
@@ -143,6 +145,7 @@ class PrivacySpec(Strict):
     delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     clip_norm: Positive = 1.0
     records_per_patient: Count = 8
+    spare_attempts: Annotated[int, Field(ge=0)] = 0
     statistics_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
     @model_validator(mode="after")
@@ -168,6 +171,9 @@ class FederationSpec(Strict):
 
     ``weighting``: ``declared`` uses the number of patients each hospital declares in public
     (rounded, by itself); ``uniform`` counts hospitals alike. True counts never leave.
+    ``hospitals``, ``tolerated_dropouts``, ``tolerated_colluders``: with ``trust = "distributed"``,
+    how many hospitals are enrolled, how many may vanish in a round, and how many may work with the
+    coordinator. Each adds its share of the noise for the honest ones that then remain.
     ``tail_average``: the share of the last rounds whose models are averaged; free, and under
     noise usually better than the last one alone (Polyak & Juditsky 1992).
     """
@@ -181,6 +187,9 @@ class FederationSpec(Strict):
     weighting: Literal["declared", "uniform"] = "declared"
     tail_average: Annotated[float, Field(ge=0, le=1)] = 0.0
     minimum_hospitals: Count = 2
+    hospitals: Annotated[int, Field(ge=2)] | None = None
+    tolerated_dropouts: Annotated[int, Field(ge=0)] = 0
+    tolerated_colluders: Annotated[int, Field(ge=0)] = 1
     round_timeout_s: Positive = 3600.0
 
     @model_validator(mode="after")
@@ -333,6 +342,47 @@ class Study(Strict):
                 "evaluation.epsilon has no meaning with trust = 'none', which adds no noise; "
                 "leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sums_suffice(self) -> Self:
+        """What only works with single updates is refused where only their sum exists."""
+        if self.privacy.trust is not Trust.DISTRIBUTED:
+            return self
+        federation = self.federation
+        if federation.hospitals is None:
+            raise ValueError(
+                "trust = 'distributed' needs federation.hospitals, the number enrolled"
+            )
+        survivors = federation.hospitals - federation.tolerated_dropouts
+        if 2 * survivors <= federation.hospitals + federation.tolerated_colluders or (
+            federation.tolerated_colluders > survivors - 2
+        ):
+            raise ValueError(
+                f"federation: {federation.tolerated_dropouts} dropouts and "
+                f"{federation.tolerated_colluders} colluders are too many for "
+                f"{federation.hospitals} hospitals; lower one of them"
+            )
+        stages = [("finetune", self.finetune.local_steps, self.finetune.optimiser.kind)]
+        if self.distill.on == "patients":
+            stages.append(("distill", self.distill.local_steps, self.distill.optimiser.kind))
+        for stage, local_steps, kind in stages:
+            if local_steps != 1 or kind != "sgd":
+                raise ValueError(
+                    f"{stage}: trust = 'distributed' sums one step of all hospitals at a time: set "
+                    f"local_steps = 1 and optimiser kind 'sgd' (the server carries momentum), "
+                    f"found {local_steps} and {kind!r}"
+                )
+        for key, found, wanted in (
+            ("federation.weighting", federation.weighting, "declared"),
+            ("scaling", self.scaling == "private", False),
+            ("federation.rule", federation.rule == "fedprox", False),
+        ):
+            if found != wanted:
+                raise ValueError(
+                    f"{key}: this choice needs single updates, and trust = 'distributed' has only "
+                    f"their sum; set trust = 'local' or another {key}"
+                )
         return self
 
     def digest(self) -> str:

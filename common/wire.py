@@ -4,6 +4,7 @@ A message is a frozen dataclass whose fields carry their exposure:
 
 ``PUBLIC``  agreed or published anyway; holds nothing computed from patients' rows.
 ``NOISED``  computed from patients, released with noise and charged to their budget.
+``MASKED``  hidden inside a secure sum; only the noised sum of all hospitals can be read.
 
 A reply has no field without one, and a test holds that. On the wire a message is a flat map of
 plain values and named arrays; nothing is ever unpickled.
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from common.errors import MessageError
 
-Plain = str | int | float | bool
+Plain = str | int | float | bool | bytes
 
 
 class Exposure(StrEnum):
@@ -31,6 +32,7 @@ class Exposure(StrEnum):
 
     PUBLIC = "public"
     NOISED = "noised"
+    MASKED = "masked"
 
 
 def public() -> Any:
@@ -41,6 +43,11 @@ def public() -> Any:
 def noised() -> Any:
     """A field that is released with noise and charged."""
     return field(metadata={"exposure": Exposure.NOISED})
+
+
+def masked() -> Any:
+    """A field that can only be read as part of a noised sum."""
+    return field(metadata={"exposure": Exposure.MASKED})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +62,14 @@ class HelloReply:
     """The hospital's public facts. ``declared_patients`` is what it chooses to say, rounded.
 
     ``secret_noise`` is false when it draws test noise from a seed, which protects nobody.
+    ``identity``: its public key; empty where it takes part in no secure aggregation.
     """
 
     hospital: str = public()
     study_digest: str = public()
     declared_patients: int = public()
     secret_noise: bool = public()
+    identity: str = public()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +116,26 @@ class TrainReply:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AggregateStep:
+    """The coordinator's next message of a secure aggregation; a TrainTask has begun it."""
+
+    study_digest: str = public()
+    stage: str = public()
+    round: int = public()
+    attempt: int = public()
+    message: bytes = public()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregateReply:
+    """The hospital's next message: keys, encrypted shares, its masked vector, or what unmasks the
+    sum (see docs/secure-aggregation.md for each)."""
+
+    hospital: str = public()
+    message: bytes = masked()
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateTask:
     """Asks each hospital to score its test patients with the finished student."""
 
@@ -126,7 +155,7 @@ class EvaluateReply:
     histogram: Tensor = noised()
 
 
-REPLIES = (HelloReply, StatisticsReply, TrainReply, EvaluateReply)
+REPLIES = (HelloReply, StatisticsReply, TrainReply, AggregateReply, EvaluateReply)
 _SEPARATOR = "/"
 
 Message = TypeVar("Message")
@@ -151,7 +180,7 @@ def from_parts(
     kind: type[Message], values: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
 ) -> Message:
     """The message of ``kind``; raises MessageError on anything missing, foreign or not finite."""
-    types = {"str": str, "int": int, "float": float, "bool": bool}
+    types = {"str": str, "int": int, "float": float, "bool": bool, "bytes": bytes}
     built: dict[str, Any] = {}
     plain: set[str] = set()
     taken: set[str] = set()

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from common.errors import MessageError, RunError
 from common.flower import pack, unpack
 from common.study import Study, load_study
 from common.tables import Table, read_table
+from common.wire import HelloReply
 from server.conduct import Progress, conduct
 from server.finish import finish
 from server.store import RunFolder
@@ -29,6 +30,8 @@ _MESSAGE_TYPES = {
     "statistics": "query.statistics",
     "train": "train",
     "evaluate": "evaluate",
+    "aggregate.begin": "train.aggregate",
+    "aggregate.step": "query.aggregate",
 }
 _POLL_S = 0.05
 _HELLO_WAIT_S = 60.0
@@ -51,13 +54,28 @@ class GridLink:
         self._grid = grid
         self._timeout_s = timeout_s
         self._nodes = self._wait_for_nodes(minimum_nodes)
+        self._node_of: dict[str, int] = {}
 
     def ask(self, action: str, task: Any, kind: type[Reply]) -> Iterator[Reply]:
         """Replies of every node that answers in time; failures are logged and left out."""
         content = pack(task)
+        for node, reply in self._exchange(action, dict.fromkeys(self._nodes, content), kind):
+            if isinstance(reply, HelloReply):
+                self._node_of[reply.hospital] = node
+            yield reply
+
+    def ask_each(self, action: str, tasks: Mapping[str, Any], kind: type[Reply]) -> Iterator[Reply]:
+        """The same, each hospital with a task of its own; it is known by the node of its Hello."""
+        contents = {self._node_of[name]: pack(task) for name, task in tasks.items()}
+        for _, reply in self._exchange(action, contents, kind):
+            yield reply
+
+    def _exchange(
+        self, action: str, contents: Mapping[int, RecordDict], kind: type[Reply]
+    ) -> Iterator[tuple[int, Reply]]:
         messages = [
             Message(content=content, dst_node_id=node, message_type=_MESSAGE_TYPES[action])
-            for node in self._nodes
+            for node, content in contents.items()
         ]
         waiting = set(self._grid.push_messages(messages))
         deadline = time.monotonic() + self._timeout_s
@@ -67,7 +85,7 @@ class GridLink:
                 waiting.discard(message.metadata.reply_to_message_id)
                 reply = _read(message, kind)
                 if reply is not None:
-                    yield reply
+                    yield message.metadata.src_node_id, reply
             if not arrived:
                 time.sleep(_POLL_S)
         if waiting:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -29,6 +29,7 @@ from common.learning.distill import distill_publicly, records_from_dictionary
 from common.learning.pretrain import pretrain
 from common.models import Student, Teacher, build_student, build_teacher, count_parameters
 from common.privacy.budget import Budget, budget_of
+from common.privacy.units import Trust
 from common.study import Study
 from common.tables import Table
 from common.tensors import get_vector, set_vector
@@ -43,6 +44,7 @@ from common.wire import (
     TrainTask,
 )
 from server import rules
+from server.aggregate import secure_update
 from server.store import Checkpoint, RunFolder
 
 Reply = TypeVar("Reply")
@@ -53,6 +55,10 @@ class Link(Protocol):
 
     def ask(self, action: str, task: Any, kind: type[Reply]) -> Iterator[Reply]:
         """Send ``task`` to every hospital; their replies, as they come. Failures are left out."""
+        ...
+
+    def ask_each(self, action: str, tasks: Mapping[str, Any], kind: type[Reply]) -> Iterator[Reply]:
+        """The same with a task of its own for each hospital named, known since its Hello."""
         ...
 
 
@@ -243,11 +249,9 @@ def _charged_stage(
             student=_state(student),
             scaling=moments,
         )
-        summed = rules.Accumulator.empty(state.weights.numel())
-        for reply in desk.ask("train", task, TrainReply, _answers(task, state.weights)):
-            summed = summed.add(reply.update, desk.weight(reply.hospital))
+        update, hospitals = _update(desk, task, state.weights)
         state = rules.apply(
-            desk.study.federation, state, summed.mean(), round_number=number, rounds=charge.rounds
+            desk.study.federation, state, update, round_number=number, rounds=charge.rounds
         )
         set_vector(model, state.weights)
         desk.run.save_round(stage, number + 1, state.weights)
@@ -256,7 +260,7 @@ def _charged_stage(
             stage,
             number + 1,
             charge.rounds,
-            summed.hospitals,
+            hospitals,
             eta_s=each_s * (charge.rounds - number - 1),
         )
         if number + 1 < charge.rounds:
@@ -287,6 +291,16 @@ def _answers(task: TrainTask, weights: Tensor) -> Callable[[TrainReply], bool]:
             weights.shape,
         )
     )
+
+
+def _update(desk: Conductor, task: TrainTask, weights: Tensor) -> tuple[Tensor, int]:
+    """A round's mean update [d], and how many hospitals are in it."""
+    if desk.study.privacy.trust is Trust.DISTRIBUTED:
+        return secure_update(desk.study, desk.link, task, desk.members, weights.numel())
+    summed = rules.Accumulator.empty(weights.numel())
+    for reply in desk.ask("train", task, TrainReply, _answers(task, weights)):
+        summed = summed.add(reply.update, desk.weight(reply.hospital))
+    return summed.mean(), summed.hospitals
 
 
 def _members(study: Study, link: Link) -> dict[str, HelloReply]:

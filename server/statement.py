@@ -27,6 +27,8 @@ def privacy_statement(study: Study, facts: Mapping[str, Any]) -> dict[str, Any]:
         "unit": privacy.unit.value,
         "relation": privacy.relation.value,
         "trust": privacy.trust.value,
+        "released": _RELEASED[privacy.trust],
+        "coalition": _coalition(study),
         "epsilon_target": privacy.epsilon,
         "epsilon_spent": budget.verified_total(),
         "delta": privacy.delta,
@@ -50,6 +52,36 @@ def recomputed_statement(run: RunFolder, study: Study) -> dict[str, Any]:
                 f"found {stored.get(key)!r}; do not rely on this statement"
             )
     return anew
+
+
+_RELEASED = {
+    Trust.NONE: "Nothing that is protected",
+    Trust.LOCAL: "Every hospital's releases, seen together by anyone,",
+    Trust.DISTRIBUTED: "The sums of the hospitals' noised updates, which are all that can be read,",
+}
+
+
+def _coalition(study: Study) -> str:
+    """Against whom the guarantee holds."""
+    federation = study.federation
+    if study.privacy.trust is Trust.LOCAL:
+        return (
+            "The guarantee holds against the coordinator, all other hospitals together, and every "
+            'reader of the models: each hospital\'s noise alone suffices (trust = "local").'
+        )
+    if study.privacy.trust is Trust.DISTRIBUTED and federation.hospitals is not None:
+        honest = (
+            federation.hospitals - federation.tolerated_dropouts - federation.tolerated_colluders
+        )
+        return (
+            f"The guarantee holds against every reader of the models, and against the coordinator "
+            f"together with any {federation.tolerated_colluders} of the {federation.hospitals} "
+            f"hospitals, as long as at least {honest} others follow the protocol and add their "
+            f'noise (trust = "distributed"). It does not hold against a coordinator with more '
+            f"colluding hospitals; with all but one it sees the last one's update under that "
+            f"hospital's share of the noise alone."
+        )
+    return "There is no guarantee."
 
 
 def _charges(budget: Budget, study: Study) -> list[dict[str, Any]]:
@@ -106,13 +138,12 @@ def statement_text(statement: dict[str, Any]) -> str:
         )
     else:
         promise = (
-            f"Every hospital's releases, seen together by anyone, are "
+            f"{statement['released']} are "
             f"(ε = {statement['epsilon_spent']:.3g}, δ = {statement['delta']:g})-differentially "
             f"private for each training {unit} ({statement['relation'].replace('_', ' ')})"
             f"{_testing_promise(statement)}. "
-            f"The guarantee holds against the coordinator, all other hospitals together, and "
-            f"every reader of the models: each hospital's noise alone suffices (trust = "
-            f'"local"). It does not hold against who reads the hospital\'s own machines.'
+            f"{statement['coalition']} It does not hold against who reads the hospitals' own "
+            f"machines."
         )
     lines = [
         "# Privacy statement",

@@ -67,7 +67,7 @@ def runs_of_seed(study: Study, world: World, sweep: Iterable[float]) -> list[Arm
             raise StudyError(
                 f"hospital {site.name!r}: expected a name that can be a folder's; leave out slashes"
             )
-    lone = study.revised(federation__minimum_hospitals=1)
+    lone = under_one_roof(study)
     runs = [ArmRun(FEDERATED, study)]
     runs += [ArmRun(ALONE, lone, site.name) for site in world.sites]
     runs += [ArmRun(POOLED, lone)]
@@ -82,6 +82,17 @@ def runs_of_seed(study: Study, world: World, sweep: Iterable[float]) -> list[Arm
         if one != study.privacy.epsilon
     ]
     return runs
+
+
+def under_one_roof(study: Study) -> Study:
+    """The study for a single hospital, which has nobody to sum with: its own noise suffices."""
+    trust = study.privacy.trust
+    return study.revised(
+        federation__minimum_hospitals=1,
+        federation__hospitals=None,
+        privacy__trust="local" if trust is Trust.DISTRIBUTED else trust.value,
+        privacy__spare_attempts=None,
+    )
 
 
 def _without_privacy(study: Study) -> Study:

@@ -14,10 +14,13 @@ import numpy as np
 import tomli_w
 from numpy.typing import NDArray
 
+from client.aggregation import Aggregator
 from client.guard import MemoryGuard
 from client.hospital import Hospital, split_patients
 from common.dictionary import Column
 from common.errors import StudyError
+from common.identity import Identity
+from common.privacy.units import Trust
 from common.randomness import NoiseSource, SecretNoise, SeededNoise, Stream
 from common.study import SimulationSpec, Study
 from common.tables import Table, concatenate, read_table
@@ -74,8 +77,17 @@ def build_world(study: Study, data_folder: Path) -> World:
 
 
 def open_world(world: World, noise_of: Mapping[str, NoiseSource]) -> list[Hospital]:
-    """The world's hospitals in memory, each with its own noise."""
+    """The world's hospitals in memory, each with its own noise, enrolled with one another."""
     study = world.study
+    identities = {}
+    if study.privacy.trust is Trust.DISTRIBUTED:
+        if study.federation.hospitals != len(world.sites):
+            raise StudyError(
+                f"federation.hospitals: expected {len(world.sites)}, as many as the simulation "
+                f"makes, found {study.federation.hospitals}"
+            )
+        identities = {site.name: Identity.generate() for site in world.sites}
+    pinned = {name: identity.public for name, identity in identities.items()}
     hospitals = []
     for site in world.sites:
         train, test = split_patients(site.table, study.evaluation, seed=study.seed, name=site.name)
@@ -87,6 +99,7 @@ def open_world(world: World, noise_of: Mapping[str, NoiseSource]) -> list[Hospit
                 test=test,
                 declared_patients=declared(train),
                 guard=MemoryGuard(noise_of[site.name]),
+                aggregator=Aggregator(identities[site.name], pinned) if identities else None,
             )
         )
     return hospitals

@@ -15,6 +15,7 @@ from common.privacy.accounting import (
     library_epsilon,
 )
 from common.privacy.plan import StepPlan
+from common.privacy.skellam_gaussian import LARGEST_DISTANCE
 from common.privacy.units import Relation, Trust
 from common.study import DistillSpec, FinetuneSpec, PrivacySpec, Study
 
@@ -177,16 +178,26 @@ def _budget(
         )
 
     def events_at(noise_multiplier: float) -> list[GaussianEvent]:
-        return [event for one in at(noise_multiplier) for event in one.events()]
+        events = [event for one in at(noise_multiplier) for event in one.events()]
+        if privacy.spare_attempts:
+            # Whichever stage fails: the one that samples more patients costs more.
+            worst = max(charges, key=lambda one: one.plan.sampling_rate).plan
+            spare = replace(worst, noise_multiplier=noise_multiplier)
+            events.append(spare.event(steps=privacy.spare_attempts))
+        return events
 
     assert privacy.epsilon is not None and privacy.delta is not None  # noqa: S101
-    noise = calibrate(
-        events_at, epsilon=privacy.epsilon, delta=privacy.delta, relation=privacy.relation
-    )
+    delta = privacy.delta
+    if privacy.trust is Trust.DISTRIBUTED:
+        releases = privacy.spare_attempts + sum(one.rounds for one in charges)
+        # Skellam noise is charged as the Gaussian it is within this distance of.
+        delta -= (1 + math.exp(privacy.epsilon)) * releases * LARGEST_DISTANCE
+    if delta <= 0:
+        raise PrivacyError(f"δ = {privacy.delta:g} is too small for {releases} secure sums")
+    noise = calibrate(events_at, epsilon=privacy.epsilon, delta=delta, relation=privacy.relation)
     # Both accountants must find the promise kept; their grids differ by a hair.
     while (
-        library_epsilon(events_at(noise), delta=privacy.delta, relation=privacy.relation)
-        > privacy.epsilon
+        library_epsilon(events_at(noise), delta=delta, relation=privacy.relation) > privacy.epsilon
     ):
         noise *= 1 + _NUDGE
     return Budget(

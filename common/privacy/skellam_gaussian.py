@@ -42,6 +42,9 @@ _STEPS = np.array([2**power for power in range(11, 0, -1)])
 _REACH = 14.0
 _GRID = np.arange(1, 4001) * 0.01
 
+# A release's distance that is small against every δ in use.
+LARGEST_DISTANCE = 2.0**-40
+
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianEquivalent:
@@ -57,7 +60,7 @@ class GaussianEquivalent:
 
 @lru_cache(maxsize=1024)
 def gaussian_equivalent(
-    variance: float, *, length: int, largest_distance: float = 2.0**-40
+    variance: float, *, length: int, largest_distance: float = LARGEST_DISTANCE
 ) -> GaussianEquivalent:
     """The widest Gaussian behind Sk(``variance``) in ``length`` coordinates.
 

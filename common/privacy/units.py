@@ -28,8 +28,11 @@ class Trust(StrEnum):
     """Against whom the guarantee holds.
 
     ``LOCAL``: each hospital's release is private by itself, whoever sees it.
+    ``DISTRIBUTED``: only the hospitals' noised sum exists anywhere; it is private against the
+    coordinator together with the tolerated colluders.
     ``NONE``: no guarantee; simulation on public data only.
     """
 
     LOCAL = "local"
+    DISTRIBUTED = "distributed"
     NONE = "none"

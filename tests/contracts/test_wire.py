@@ -21,6 +21,8 @@ from common.features import FeatureMap, range_scaling, scaling_tensor
 from common.flower import pack, unpack
 from common.study import Study
 from common.wire import (
+    AggregateReply,
+    AggregateStep,
     EvaluateReply,
     EvaluateTask,
     Exposure,
@@ -43,6 +45,8 @@ MESSAGES = (
     StatisticsReply,
     TrainTask,
     TrainReply,
+    AggregateStep,
+    AggregateReply,
     EvaluateTask,
     EvaluateReply,
 )
@@ -54,9 +58,11 @@ EXPECTED = {
         "study_digest": "public",
         "declared_patients": "public",
         "secret_noise": "public",
+        "identity": "public",
     },
     "StatisticsReply": {"hospital": "public", "sums": "noised"},
     "TrainReply": {"hospital": "public", "stage": "public", "round": "public", "update": "noised"},
+    "AggregateReply": {"hospital": "public", "message": "masked"},
     "EvaluateReply": {"hospital": "public", "histogram": "noised"},
 }
 

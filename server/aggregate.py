@@ -1,0 +1,97 @@
+"""A round's update out of a secure sum: the coordinator sees no hospital's part of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from common.errors import ConsiliumError, RunError, SecAggError
+from common.identity import PublicIdentity
+from common.learning.optimisers import learning_rate_at
+from common.privacy.budget import budget_of
+from common.secagg import Aggregate, ServerSession
+from common.secagg.plan import encoding_of, terms_of
+from common.study import Study
+from common.wire import AggregateReply, AggregateStep, HelloReply, TrainTask
+
+Reply = TypeVar("Reply")
+
+_logger = logging.getLogger(__name__)
+
+_EXCHANGES = 4  # roster, delivery, survivors, agreements; the adverts came before
+
+
+class Asking(Protocol):
+    """What a secure sum needs of the link to the hospitals."""
+
+    def ask(self, action: str, task: Any, kind: type[Reply]) -> Iterator[Reply]:
+        """One task to all."""
+        ...
+
+    def ask_each(self, action: str, tasks: Mapping[str, Any], kind: type[Reply]) -> Iterator[Reply]:
+        """Each its own."""
+        ...
+
+
+def secure_update(
+    study: Study, link: Asking, task: TrainTask, members: Mapping[str, HelloReply], size: int
+) -> tuple[Tensor, int]:
+    """The hospitals' mean step [size], and how many were in the sum.
+
+    One step of plain descent on the noised sum of everybody's clipped gradients, divided by public
+    numbers: the same update as the declared-weighted mean of single steps. A failed attempt is
+    repeated with the next number as often as the study has budgeted (``spare_attempts``).
+
+    Raises RunError when too few hospitals remain.
+    """
+    pinned = {name: PublicIdentity.from_text(one.identity) for name, one in members.items()}
+    encoding = encoding_of(study, task.stage, size)
+    for attempt in range(study.privacy.spare_attempts + 1):
+        tried = replace(task, attempt=attempt)
+        session = ServerSession(terms=terms_of(study, tried, encoding), pinned=pinned)
+        try:
+            found = _exchange(link, session, tried)
+        except SecAggError as error:
+            _logger.warning("%s round %d, attempt %d: %s", task.stage, task.round, attempt, error)
+            continue
+        total = torch.from_numpy(encoding.decode(found.values))
+        rate = budget_of(study).charge(task.stage).plan.sampling_rate
+        declared = sum(members[name].declared_patients for name in found.survivors)
+        spec = study.finetune if task.stage == "finetune" else study.distill
+        learning_rate = learning_rate_at(spec.optimiser, task.round, spec.rounds)
+        return (total * (-learning_rate / (rate * declared))).float(), len(found.survivors)
+    raise RunError(
+        f"{task.stage} round {task.round}: no secure sum in {study.privacy.spare_attempts + 1} "
+        f"attempts; the run stopped after its last finished round and can be resumed"
+    )
+
+
+def _exchange(link: Asking, session: ServerSession, task: TrainTask) -> Aggregate:
+    _receive(session, link.ask("aggregate.begin", task, AggregateReply))
+    for _ in range(_EXCHANGES):
+        tasks = {
+            name: AggregateStep(
+                study_digest=task.study_digest,
+                stage=task.stage,
+                round=task.round,
+                attempt=task.attempt,
+                message=message,
+            )
+            for name, message in session.advance().items()
+        }
+        _receive(session, link.ask_each("aggregate.step", tasks, AggregateReply))
+    return session.finish()
+
+
+def _receive(session: ServerSession, replies: Iterator[AggregateReply]) -> None:
+    """Take in what is sound; a hospital that sends anything else counts as silent."""
+    for reply in replies:
+        try:
+            session.receive(reply.message)
+        except ConsiliumError as error:
+            _logger.warning("a hospital's message was set aside: %s", error)
