@@ -228,18 +228,28 @@ class HospitalData(Strict):
     source: SourceSpec
 
 
+class SitesSpec(Strict):
+    """A table that says in which hospital each patient was: columns ``patient`` and ``site``."""
+
+    path: str = Field(min_length=1)
+    patient: str = Field(min_length=1)
+    site: str = Field(min_length=1)
+
+
 class SimulationSpec(Strict):
     """Where a simulation's hospitals come from; a deployment ignores it.
 
     Either ``hospital`` entries (natural sites), or one ``source`` cut into ``hospitals`` parts by
     ``partition``: ``equal``, ``power_law`` (sizes ∝ rank to the power −``exponent``), or
-    ``label_skew`` (class shares by a Dirichlet law of ``concentration``, Hsu et al. 2019).
+    ``label_skew`` (class shares by a Dirichlet law of ``concentration``, Hsu et al. 2019), or
+    ``sites`` (as the table ``sites`` says, whose hospitals must be ``hospitals`` in number).
     """
 
     hospital: tuple[HospitalData, ...] = ()
     source: SourceSpec | None = None
     hospitals: Count | None = None
-    partition: Literal["equal", "power_law", "label_skew"] = "equal"
+    partition: Literal["equal", "power_law", "label_skew", "sites"] = "equal"
+    sites: SitesSpec | None = None
     exponent: Annotated[float, Field(ge=0)] = 1.0
     concentration: Positive = 0.5
 
@@ -252,6 +262,8 @@ class SimulationSpec(Strict):
             )
         if (self.source is not None) != (self.hospitals is not None):
             raise ValueError("hospitals = N belongs to [simulation.source], and only to it")
+        if (self.partition == "sites") != (self.sites is not None):
+            raise ValueError("[simulation.sites] belongs to partition = 'sites', and only to it")
         names = [hospital.name for hospital in self.hospital]
         if len(set(names)) != len(names):
             raise ValueError(f"hospital names must differ, found {names}")

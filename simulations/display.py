@@ -161,8 +161,8 @@ def closing_lines(summary: dict[str, Any]) -> list[str]:
     ]
     if summary["guaranteed"]:
         lines.append(
-            f"Privacy: every hospital's releases are (ε = {summary['epsilon']:.2f}, "
-            f"δ = {summary['delta']:g})-private for each of its patients."
+            f"Privacy: {summary['protected']} are (ε = {summary['epsilon']:.2f}, "
+            f"δ = {summary['delta']:g})-private for each patient; PRIVACY.md says against whom."
         )
     else:
         lines.append("Privacy: NONE is guaranteed for this run; see PRIVACY.md for why.")

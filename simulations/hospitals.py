@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import tomli_w
 from numpy.typing import NDArray
 
@@ -18,11 +19,11 @@ from client.aggregation import Aggregator
 from client.guard import MemoryGuard
 from client.hospital import Hospital, split_patients
 from common.dictionary import Column
-from common.errors import StudyError
+from common.errors import DataError, StudyError
 from common.identity import Identity
 from common.privacy.units import Trust
 from common.randomness import NoiseSource, SecretNoise, SeededNoise, Stream
-from common.study import SimulationSpec, Study
+from common.study import SimulationSpec, SitesSpec, Study
 from common.tables import Table, concatenate, read_table
 
 _ROUNDING = 10  # hospitals declare their size to the nearest ten patients
@@ -64,7 +65,10 @@ def build_world(study: Study, data_folder: Path) -> World:
         assert spec.source is not None and spec.hospitals is not None  # noqa: S101
         whole = read_table(spec.source, study.dictionary, data_folder)
         corpus, (rest,) = _set_apart(study, [whole], generator)
-        parts = _partition(rest, spec, spec.hospitals, generator, study.evaluation.folds)
+        if spec.sites is not None:
+            parts = _by_site(rest, spec.sites, spec.hospitals, data_folder)
+        else:
+            parts = _partition(rest, spec, spec.hospitals, generator, study.evaluation.folds)
         width = len(str(len(parts)))
         sites = tuple(
             Site(f"hospital-{number:0{width}d}", rest.take(rows))
@@ -225,6 +229,31 @@ def _partition(
         home = np.empty(len(patients), dtype=np.int64)
         home[order] = np.repeat(np.arange(hospitals), sizes)
     return [np.flatnonzero(home[owners] == number) for number in range(hospitals)]
+
+
+def _by_site(
+    table: Table, sites: SitesSpec, hospitals: int, folder: Path
+) -> list[NDArray[np.int64]]:
+    """Rows of each hospital as a table of patients and sites says, in the order of its labels."""
+    path = folder / sites.path
+    try:
+        frame = pd.read_csv(path, dtype=str)
+        home = dict(zip(frame[sites.patient].str.strip(), frame[sites.site], strict=True))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{path}: expected a table with columns {sites.patient!r} and {sites.site!r} "
+            f"({type(error).__name__}: {error})"
+        ) from None
+    labels = np.array([home.get(str(one), "") for one in table.patients], dtype=object)
+    if (labels == "").any():
+        raise DataError(f"{path}: {int((labels == '').sum())} rows' patients have no site in it")
+    found = sorted(set(labels), key=lambda one: (len(one), one))
+    if len(found) != hospitals:
+        raise StudyError(
+            f"simulation.hospitals: expected {len(found)}, as many as {path.name} names, "
+            f"found {hospitals}"
+        )
+    return [np.flatnonzero(labels == one) for one in found]
 
 
 def _by_label(

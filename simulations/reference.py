@@ -30,12 +30,14 @@ from common.study import (
     PrivacySpec,
     PublicSpec,
     SimulationSpec,
+    SitesSpec,
     Study,
 )
 
 _SECTIONS: tuple[tuple[str, type[Strict]], ...] = (
     ("top level", Study),
     ("[simulation]", SimulationSpec),
+    ("[simulation.sites]", SitesSpec),
     ("[[simulation.hospital]]", HospitalData),
     ("[simulation.source], source of a hospital", SourceSpec),
     ("[public]", PublicSpec),

@@ -36,6 +36,7 @@ def summarise(run: RunFolder) -> dict[str, Any]:
         "epsilon": privacy["epsilon_spent"],
         "delta": privacy["delta"],
         "guaranteed": privacy["guaranteed"],
+        "protected": privacy["released"],
         "teacher_parameters": result["teacher_parameters"],
         "student_parameters": result["student_parameters"],
         "all": _row(together(taught), together(learned), hospitals[0].declared_patients, None),

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from simulations.bench.accuracy import accuracy
+from simulations.bench.distributed import distributed
 from simulations.bench.pretraining import pretraining
 from simulations.bench.privacy import privacy
 from simulations.bench.secagg import secagg
 
 BENCHES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "accuracy": accuracy,
+    "distributed": distributed,
     "pretraining": pretraining,
     "privacy": privacy,
     "secagg": secagg,
