@@ -117,4 +117,4 @@ def _vector(hospital: Hospital, opened: _Open) -> Tensor:
     )
     # Two sums of one round differ by a hospital's vector: each attempt has noise, and cost, of its
     # own, because the attempt is part of the terms.
-    return hospital.guard.release(replace(asked, peers=encoding.threshold - 1), compute)
+    return hospital.guard.release(replace(asked, peers=encoding.threshold - 1, once=True), compute)

@@ -42,6 +42,8 @@ class Release:
     ``rows``: digest over the very rows used: secret, since who knows all patients but one could
     guess the last; it only ever enters keyed hashes.
     ``pool``: which patients are charged, ``train`` or ``test``; they never overlap.
+    ``once``: never given again, even byte for byte. Two secure sums with one share of noise but
+    other survivors would differ by one hospital's vector and that share alone.
     ``epsilon``, ``delta``: what the study promised those patients in all; None without privacy.
     """
 
@@ -62,6 +64,7 @@ class Release:
     peers: int
     epsilon: float | None
     delta: float | None
+    once: bool = False
 
 
 class Guard(Protocol):
@@ -101,6 +104,8 @@ class MemoryGuard:
     def release(self, asked: Release, compute: Callable[[Stream], Tensor]) -> Tensor:
         """Computed anew each time: the same request draws the same noise, so the same bytes."""
         key = (asked.study_digest, asked.pool, request_digest(asked.request, asked.rows))
+        if key in self._charged and asked.once:
+            raise _answered(asked)
         if key not in self._charged:
             spent = [
                 event
@@ -147,6 +152,8 @@ class LedgerGuard:
         ledger = self.safe.ledger
         request = request_digest(asked.request, ledger.tag(asked.rows))
         if stored := ledger.resume(request):
+            if asked.once:
+                raise _answered(asked)
             ledger.commit(stored.reservation)
             return _tensor(stored.content)
         try:
@@ -236,6 +243,14 @@ def refuse_beyond_study(spent: Sequence[GaussianEvent], asked: Release) -> None:
             f"round does not fit",
             rule="study.epsilon",
         )
+
+
+def _answered(asked: Release) -> RefusalError:
+    return RefusalError(
+        f"secagg.attempt: {asked.stage} round {asked.round} was answered under these very terms; "
+        f"raise the attempt number",
+        rule="secagg.attempt",
+    )
 
 
 def request_digest(*parts: str | int) -> str:

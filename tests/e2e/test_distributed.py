@@ -20,6 +20,7 @@ from common.errors import RefusalError, RunError, StudyError
 from common.features import FeatureMap, range_scaling, scaling_tensor
 from common.models import build_student, build_teacher
 from common.privacy.budget import budget_of
+from common.secagg import MemoryAttempts
 from common.secagg.plan import encoding_of
 from common.study import Study
 from common.wire import AggregateReply, AggregateStep, Hello, TrainTask
@@ -217,6 +218,17 @@ def test_every_attempt_has_noise_of_its_own(study: Study, monkeypatch: pytest.Mo
     encoding = encoding_of(spare, "finetune", len(first))
     share_std = (encoding.variance / 4) ** 0.5  # threshold 5 less one colluder
     assert (first - second).std() > 0.5 * share_std
+
+
+def test_an_attempt_that_is_run_again_gets_no_second_vector(study: Study) -> None:
+    """A hospital whose memory of its protocol steps is lost still has its gate."""
+    _, hospitals = opened(study)
+    update_through(study, Direct(hospitals))
+    for one in hospitals:
+        assert one.aggregator is not None
+        one.aggregator.attempts = MemoryAttempts()
+    with pytest.raises(RunError, match="no secure sum"):
+        update_through(study, Direct(hospitals))
 
 
 def test_single_updates_are_refused(study: Study) -> None:
