@@ -18,14 +18,14 @@ from pydantic import Field
 
 from client.guard import Guard, LedgerGuard, MemoryGuard
 from client.safe import open_safe
-from common.dictionary import Strict
 from common.errors import DataError, RefusalError
 from common.features import FeatureMap
 from common.learning.records import Records
 from common.privacy.units import PrivacyUnit
 from common.randomness import NoiseSource, SecretNoise, SeededNoise
 from common.sources import SourceSpec
-from common.study import EvaluationSpec, Study, load_study, parse_strict
+from common.strict import Strict, parse_strict
+from common.study import EvaluationSpec, Study, load_study
 from common.tables import Table, read_table
 
 if TYPE_CHECKING:

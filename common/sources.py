@@ -6,7 +6,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.dictionary import Scalar, Strict
+from common.dictionary import Scalar
+from common.strict import Strict
 
 
 class SourceSpec(Strict):

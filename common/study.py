@@ -10,17 +10,16 @@ import hashlib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from common.dictionary import Dictionary, Strict
-from common.errors import StudyError, nearest
+from common.dictionary import Dictionary
+from common.errors import StudyError
 from common.privacy.units import PrivacyUnit, Relation, Trust
 from common.sources import SourceSpec
-
-Model = TypeVar("Model", bound=Strict)
+from common.strict import Strict, parse_strict
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -452,66 +451,6 @@ def load_study(path: Path) -> Study:
 def parse_study(tree: dict[str, Any], *, origin: str) -> Study:
     """Validate an already parsed study."""
     return parse_strict(Study, tree, origin=origin)
-
-
-def parse_strict(model: type[Model], tree: dict[str, Any], *, origin: str) -> Model:
-    """Validate ``tree`` as ``model``; the first error becomes one line."""
-    try:
-        # JSON mode: strict about types, yet lists become tuples and words become enums.
-        return model.model_validate_json(json.dumps(tree, default=str))
-    except ValidationError as error:
-        raise StudyError(f"{origin}: {_one_line(model, error)}") from None
-
-
-def _one_line(model: type[Strict], error: ValidationError) -> str:
-    # A mistyped key also leaves the right one missing; the mistyping is the thing to say.
-    rank = {"extra_forbidden": 0, "missing": 2}
-    first = min(error.errors(include_url=False), key=lambda one: rank.get(one["type"], 1))
-    location = list(first["loc"])
-    key = " ".join(".".join(str(part) for part in location).split())
-    found = first.get("input")
-    shown = repr(found) if not isinstance(found, dict | list) else f"a {type(found).__name__}"
-    kind, context = first["type"], first.get("ctx", {})
-    if kind == "extra_forbidden":
-        parent = _model_at(model, location[:-1])
-        known = list(parent.model_fields) if parent else []
-        return f"{key}: unknown key; {nearest(str(location[-1]), known)}"
-    if kind in ("literal_error", "enum"):
-        choices = [
-            word.strip().strip("'") for word in context["expected"].replace(" or ", ", ").split(",")
-        ]
-        return (
-            f"{key}: expected one of {', '.join(choices)}, found {shown}; "
-            f"{nearest(str(found), choices)}"
-        )
-    if kind == "missing":
-        return f"{key}: missing; every study needs it"
-    if kind == "value_error":
-        return f"{key + ': ' if key else ''}{context['error']}"
-    message = first["msg"].replace("Input should be", "expected")
-    return f"{key}: {message[0].lower()}{message[1:]}, found {shown}"
-
-
-def _model_at(model: type[Strict], location: list[str | int]) -> type[Strict] | None:
-    """The model that owns the key at ``location``, followed through tuples and optionals."""
-    current: Any = model
-    for part in location:
-        if isinstance(part, int):
-            continue
-        field = getattr(current, "model_fields", {}).get(part)
-        if field is None:
-            return None
-        current = _inner_model(field.annotation)
-    return current if isinstance(current, type) and issubclass(current, Strict) else None
-
-
-def _inner_model(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, Strict):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        if (inner := _inner_model(argument)) is not None:
-            return inner
-    return None
 
 
 def _digest(tree: dict[str, Any]) -> str:

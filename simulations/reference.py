@@ -16,8 +16,9 @@ import click
 import typer
 from pydantic_core import PydanticUndefined
 
-from common.dictionary import Column, Dictionary, Label, Strict
+from common.dictionary import Column, Dictionary, Label
 from common.sources import SourceSpec
+from common.strict import Strict
 from common.study import (
     DistillSpec,
     EvaluationSpec,

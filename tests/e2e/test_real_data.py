@@ -88,6 +88,17 @@ def test_images_of_ten_hospitals(pneumonia: Path, tmp_path: Path) -> None:
     assert summary["teacher_parameters"] >= 10 * summary["student_parameters"]
 
 
+def test_repeated_encounters_stay_with_their_patient() -> None:
+    """Counts from the data's description: 71,257 encounters of 50,062 patients at ten sites."""
+    folder = folder_of("diabetes130", "diabetic_data.csv.gz")
+    world = build_world(load_study(EXAMPLES / "diabetes.toml"), folder)
+    assert world.corpus is not None
+    tables = [world.corpus, *(site.table for site in world.sites)]
+    assert len(world.sites) == 10
+    assert sum(len(table) for table in tables) == 71_257
+    assert sum(len(set(table.patients)) for table in tables) == 50_062
+
+
 def test_a_wrong_folder_is_one_line(heart: Path) -> None:
     with pytest.raises(DataError, match=r"no such data file; name the folder .* --data FOLDER"):
         build_world(load_study(EXAMPLES / "heart.toml"), heart.parent)

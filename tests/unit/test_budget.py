@@ -130,14 +130,14 @@ def test_both_sides_compute_the_same_noise(
 ) -> None:
     """The hospital draws what the coordinator's statement says, from its own copy of the study."""
     drawn: list[StepPlan] = []
-    original = rounds._charge
+    original = rounds.charge_of
 
     def watched(own: Study, stage: str, number: int) -> Charge:
         charge = original(own, stage, number)
         drawn.append(charge.plan)
         return charge
 
-    monkeypatch.setattr(rounds, "_charge", watched)
+    monkeypatch.setattr(rounds, "charge_of", watched)
     held = parse_study(
         study.model_dump(mode="json", exclude_unset=True, exclude_none=True), origin="copy"
     )

@@ -281,6 +281,7 @@ _VARIANTS: list[Tree] = [
     {"distill__on": "patients", "scaling": "private"},
     {"public": {"kind": "file", "source": {"kind": "csv", "path": "p.csv", "missing": ["?"]}}},
     {"federation__rule": "fedprox", "federation__proximal_mu": 0.1},
+    {"privacy__trust": "distributed", "federation__hospitals": 12, "privacy__spare_attempts": 2},
 ]
 
 
@@ -289,6 +290,12 @@ def test_every_variant_round_trips(examples: list[Path], changes: Tree) -> None:
     for path in examples:
         if path.stem == "pneumonia" and "scaling" in changes:
             continue  # images have no scaling to estimate
+        if path.stem == "diabetes" and changes.keys() & {
+            "privacy__unit",
+            "scaling",
+            "federation__rule",
+        }:
+            continue  # secure sums and repeated patients rule these out, in a line of their own
         study = load_study(path).revised(**changes)
         assert again(study) == study
         assert again(study).digest() == study.digest()
