@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from common.errors import RunError
@@ -86,6 +87,16 @@ def _coalition(study: Study) -> str:
 
 def _charges(budget: Budget, study: Study) -> list[dict[str, Any]]:
     rows = [_row(one, "training", budget.spent(one.stage, one.rounds)) for one in budget.charges]
+    if budget.spare:
+        # Listed whether or not they were needed: the total holds either way.
+        plan = budget.charge("finetune").plan
+        spare = Charge(
+            stage="failed attempts",
+            rounds=study.privacy.spare_attempts,
+            steps_per_round=1,
+            plan=replace(plan, sampling_rate=budget.spare[0].sampling_rate),
+        )
+        rows.append(_row(spare, "training", budget.total()))
     testing = evaluation_charge(study)
     if testing is not None:
         rows.append(_row(testing, "testing", study.evaluation.epsilon))

@@ -42,12 +42,16 @@ class Charge:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """The charges of a study, stage by stage in their order; empty stages cost nothing."""
+    """The charges of a study, stage by stage in their order; empty stages cost nothing.
+
+    ``spare``: what failed attempts at secure sums may cost besides, budgeted beforehand.
+    """
 
     charges: tuple[Charge, ...]
     relation: Relation
     epsilon: float | None
     delta: float | None
+    spare: tuple[Event, ...] = ()
 
     def charge(self, stage: str) -> Charge:
         """The charge of ``stage``; a KeyError is our bug."""
@@ -93,7 +97,7 @@ class Budget:
         return max(ours, theirs)
 
     def _events(self) -> list[Event]:
-        return [event for one in self.charges for event in one.events()]
+        return [*(event for one in self.charges for event in one.events()), *self.spare]
 
 
 def budget_of(study: Study) -> Budget:
@@ -177,14 +181,17 @@ def _budget(
             for one in charges
         )
 
+    def spare_at(noise_multiplier: float) -> tuple[GaussianEvent, ...]:
+        if not privacy.spare_attempts:
+            return ()
+        # Whichever stage fails: the one that samples more patients costs more.
+        worst = max(charges, key=lambda one: one.plan.sampling_rate).plan
+        plan = replace(worst, noise_multiplier=noise_multiplier)
+        return (plan.event(steps=privacy.spare_attempts),)
+
     def events_at(noise_multiplier: float) -> list[GaussianEvent]:
         events = [event for one in at(noise_multiplier) for event in one.events()]
-        if privacy.spare_attempts:
-            # Whichever stage fails: the one that samples more patients costs more.
-            worst = max(charges, key=lambda one: one.plan.sampling_rate).plan
-            spare = replace(worst, noise_multiplier=noise_multiplier)
-            events.append(spare.event(steps=privacy.spare_attempts))
-        return events
+        return [*events, *spare_at(noise_multiplier)]
 
     assert privacy.epsilon is not None and privacy.delta is not None  # noqa: S101
     delta = privacy.delta
@@ -201,7 +208,11 @@ def _budget(
     ):
         noise *= 1 + _NUDGE
     return Budget(
-        charges=at(noise), relation=privacy.relation, epsilon=privacy.epsilon, delta=privacy.delta
+        charges=at(noise),
+        relation=privacy.relation,
+        epsilon=privacy.epsilon,
+        delta=privacy.delta,
+        spare=spare_at(noise),
     )
 
 

@@ -190,3 +190,23 @@ def test_a_looser_promise_needs_less_noise(small: Study) -> None:
     ]
     assert noises == sorted(noises, reverse=True)
     assert np.isfinite(noises).all()
+
+
+def test_spare_attempts_are_in_the_total_from_the_start(small: Study) -> None:
+    """Whether a sum failed or not, what the statement says was never exceeded."""
+    study = small.revised(
+        privacy__trust="distributed",
+        federation__hospitals=6,
+        finetune__local_steps=1,
+        finetune__optimiser={"kind": "sgd", "learning_rate": 0.1},
+    )
+    spare = study.revised(privacy__spare_attempts=3)
+    plain, budgeted = budget_of(study), budget_of(spare)
+    assert budgeted.noise_multiplier > plain.noise_multiplier
+    rounds_only = budgeted.spent("finetune", spare.finetune.rounds)
+    total, promised = budgeted.total(), spare.privacy.epsilon
+    assert rounds_only is not None
+    assert total is not None
+    assert promised is not None
+    assert rounds_only < 0.95 * total
+    assert 0.98 * promised < total <= promised
