@@ -168,7 +168,7 @@ def closing_lines(summary: dict[str, Any]) -> list[str]:
         lines.append("Privacy: NONE is guaranteed for this run; see PRIVACY.md for why.")
     if summary["released"]:
         shown = ", ".join(
-            f"{name} {figure(mean)} ({figure(low)} to {figure(high)})"
+            f"{'AUC' if name == 'auc' else name} {figure(mean)} ({figure(low)} to {figure(high)})"
             for name, (mean, low, high) in sorted(summary["released"].items(), reverse=True)
         )
         lines.append(

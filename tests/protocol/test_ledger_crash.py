@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from types import ModuleType
 
@@ -105,13 +106,15 @@ def test_killed_at_random_moments_it_never_undercounts(folder: Path) -> None:
         check_invariants(folder)
 
 
-def _spend_all(folder: Path, name: str, limit: float) -> None:
+def _spend_all(folder: Path, name: str, limit: float, together: Barrier) -> None:
     ledger = driver.opened(folder)
     cohort = ledger.cohort(["a", "b"] if name == "x" else ["b", "c"])
     limits = driver.Limits(
         epsilon_lifetime=limit, epsilon_per_year=limit, delta=1e-5, relation=Relation.ADD_REMOVE
     )
+    together.wait(30)
     for number in range(1000):
+        time.sleep(0.005)  # so that neither spends everything in its first slice of time
         try:
             ledger.reserve(
                 study=name,
@@ -134,7 +137,8 @@ def _spend_all(folder: Path, name: str, limit: float) -> None:
 
 def test_two_processes_cannot_overspend_together(folder: Path) -> None:
     driver.opened(folder).close()
-    workers = [fork.Process(target=_spend_all, args=(folder, name, 2.0)) for name in "xy"]
+    together = fork.Barrier(2)
+    workers = [fork.Process(target=_spend_all, args=(folder, name, 2.0, together)) for name in "xy"]
     for worker in workers:
         worker.start()
     for worker in workers:
