@@ -7,16 +7,27 @@ has verified who else takes part and under which terms.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from client.guard import request_digest
 from client.hospital import Hospital
-from client.rounds import charge_of, check_same_study, learning_task, release_of
-from common.errors import RefusalError
+from client.rounds import (
+    charge_of,
+    check_same_study,
+    freeze_for_finetune,
+    learning_task,
+    load_student,
+    load_teacher,
+    release_of,
+)
+from common.errors import ConsiliumError, RefusalError
+from common.features import FeatureMap, scaling_from_tensor
 from common.identity import Identity
 from common.learning.gradients import PerRecordGradients
+from common.models import Student, Teacher
 from common.privacy.plan import combine_records
 from common.randomness import Stream
 from common.secagg import AggregationPolicy, Attempts, ClientSession, Kind, MemoryAttempts
@@ -30,64 +41,123 @@ from common.wire import AggregateReply, AggregateStep, TrainTask
 _CHUNK_NUMBERS = 8 * 2**20
 
 
-@dataclass(frozen=True)
-class _Open:
-    task: TrainTask
-    encoding: Encoding
-    session: ClientSession
+class Sessions(Protocol):
+    """Where open sessions wait for the coordinator's next message."""
+
+    def save(self, task: TrainTask, frozen: bytes) -> None:
+        """Keep a new session; it takes the place of an older one of the same round."""
+        ...
+
+    def update(self, task: TrainTask, frozen: bytes) -> None:
+        """Keep its state after a step."""
+        ...
+
+    def load(self, stage: str, round_number: int) -> tuple[TrainTask, bytes] | None:
+        """The task that began it, and its state."""
+        ...
+
+    def forget(self, stage: str, round_number: int) -> None:
+        """It is over."""
+        ...
+
+
+@dataclass
+class MemorySessions:
+    """Sessions that end with the process: for simulations."""
+
+    _open: dict[tuple[str, int], tuple[TrainTask, bytes]] = field(default_factory=dict)
+
+    def save(self, task: TrainTask, frozen: bytes) -> None:
+        """See ``Sessions``."""
+        self._open = {(task.stage, task.round): (task, frozen)}
+
+    def update(self, task: TrainTask, frozen: bytes) -> None:
+        """See ``Sessions``."""
+        self._open[task.stage, task.round] = (task, frozen)
+
+    def load(self, stage: str, round_number: int) -> tuple[TrainTask, bytes] | None:
+        """See ``Sessions``."""
+        return self._open.get((stage, round_number))
+
+    def forget(self, stage: str, round_number: int) -> None:
+        """See ``Sessions``."""
+        self._open.pop((stage, round_number), None)
 
 
 @dataclass
 class Aggregator:
-    """What a hospital needs to take part: its identity, the enrolled others, and open sessions."""
+    """What a hospital needs to take part: its identity, the enrolled others, and its memory."""
 
     identity: Identity
     pinned: Pinned
     policy: AggregationPolicy = AggregationPolicy()
     attempts: Attempts = field(default_factory=MemoryAttempts)
-    _open: dict[tuple[str, int], _Open] = field(default_factory=dict)
+    sessions: Sessions = field(default_factory=MemorySessions)
 
     def begin(self, hospital: Hospital, task: TrainTask) -> AggregateReply:
         """Open a session under this hospital's own reading of the terms; its Advert."""
-        study = hospital.study
         check_same_study(hospital, task.study_digest)
         charge_of(hospital, task.stage, task.round)
-        model, _, _ = learning_task(hospital, task, hospital.train)
-        encoding = encoding_of(study, task.stage, get_vector(model).numel())
-        session = ClientSession(
-            name=hospital.name,
-            identity=self.identity,
-            terms=terms_of(study, task, encoding),
-            policy=self.policy,
-            pinned=self.pinned,
-            attempts=self.attempts,
-        )
+        session = self._session(hospital, task, _encoding(hospital, task))
         advert = session.advertise()
-        # A new attempt or round ends whatever was open of the stage.
-        self._open = {(task.stage, task.round): _Open(task, encoding, session)}
+        self.sessions.save(task, session.freeze())
         return AggregateReply(hospital=hospital.name, message=advert)
 
     def step(self, hospital: Hospital, step: AggregateStep) -> AggregateReply:
         """Answer the coordinator's next message; the vector goes with the Delivery."""
         check_same_study(hospital, step.study_digest)
-        found = self._open.get((step.stage, step.round))
-        if found is None or found.task.attempt != step.attempt:
+        found = self.sessions.load(step.stage, step.round)
+        if found is None or found[0].attempt != step.attempt:
             raise RefusalError(
                 f"secagg.attempt: no open attempt {step.attempt} at {step.stage} "
                 f"round {step.round}",
                 rule="secagg.attempt",
             )
+        task, frozen = found
+        encoding = _encoding(hospital, task)
+        session = self._session(hospital, task, encoding).thaw(frozen)
         vector = None
-        if found.session.expects is Kind.DELIVERY:
-            vector = _vector(hospital, found).numpy()
-        return AggregateReply(
-            hospital=hospital.name, message=found.session.answer(step.message, vector)
+        try:
+            if session.expects is Kind.DELIVERY:
+                vector = _vector(hospital, task, encoding).numpy()
+            answer = session.answer(step.message, vector)
+        except ConsiliumError:
+            # The first message that breaks a rule ends the attempt for good.
+            self.sessions.forget(step.stage, step.round)
+            raise
+        if session.expects is None:
+            self.sessions.forget(step.stage, step.round)
+        else:
+            self.sessions.update(task, session.freeze())
+        return AggregateReply(hospital=hospital.name, message=answer)
+
+    def _session(self, hospital: Hospital, task: TrainTask, encoding: Encoding) -> ClientSession:
+        return ClientSession(
+            name=hospital.name,
+            identity=self.identity,
+            terms=terms_of(hospital.study, task, encoding),
+            policy=self.policy,
+            pinned=self.pinned,
+            attempts=self.attempts,
         )
 
 
-def _vector(hospital: Hospital, opened: _Open) -> Tensor:
+def _encoding(hospital: Hospital, task: TrainTask) -> Encoding:
+    features = FeatureMap(
+        hospital.study.dictionary, scaling_from_tensor(hospital.study.dictionary, task.scaling)
+    )
+    model: Teacher | Student
+    if task.stage == "finetune":
+        model = freeze_for_finetune(
+            hospital.study, load_teacher(hospital.study, features, task.teacher)
+        )
+    else:
+        model = load_student(hospital.study, features, task.student)
+    return encoding_of(hospital.study, task.stage, get_vector(model).numel())
+
+
+def _vector(hospital: Hospital, task: TrainTask, encoding: Encoding) -> Tensor:
     """This hospital's noised integers [length] int32, charged before they are computed."""
-    task, encoding = opened.task, opened.encoding
     study = hospital.study
     charge = charge_of(hospital, task.stage, task.round)
     table = hospital.admitted(hospital.train, task.round)

@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from client.guard import Guard, LedgerGuard, MemoryGuard
-from client.safe import open_safe
+from client.safe import Safe, open_safe
 from common.errors import DataError, RefusalError
 from common.features import FeatureMap
+from common.identity import PublicIdentity
 from common.learning.records import Records
 from common.privacy.units import PrivacyUnit
 from common.randomness import NoiseSource, SecretNoise, SeededNoise
+from common.secagg import AggregationPolicy
 from common.sources import SourceSpec
 from common.strict import Strict, parse_strict
 from common.study import EvaluationSpec, Study, load_study
@@ -75,6 +77,8 @@ class HospitalFile(Strict):
     ``safe``: the folder made by `consilium hospital init`, with keys, policy, ledger and log. Left
     out, the hospital is a simulated one: its noise key lies beside this file, nothing it spends is
     remembered, and the privacy statement says that nothing is guaranteed.
+    ``peers``: the other hospitals' names and files of their public keys, for secure sums; compare
+    the fingerprints by telephone.
     """
 
     name: str = Field(min_length=1)
@@ -82,6 +86,7 @@ class HospitalFile(Strict):
     declared_patients: int = Field(ge=1)
     source: SourceSpec
     safe: str = ""
+    peers: dict[str, str] = {}
 
 
 @contextmanager
@@ -103,7 +108,7 @@ def open_hospital(folder: Path, *, noise_seed: int | None = None) -> Iterator[Ho
     table = read_table(settings.source, study.dictionary, folder)
     train, test = split_patients(table, study.evaluation, seed=study.seed, name=settings.name)
 
-    def with_guard(guard: Guard) -> Hospital:
+    def with_guard(guard: Guard, aggregator: Aggregator | None = None) -> Hospital:
         return Hospital(
             name=settings.name,
             study=study,
@@ -111,6 +116,7 @@ def open_hospital(folder: Path, *, noise_seed: int | None = None) -> Iterator[Ho
             test=test,
             declared_patients=settings.declared_patients,
             guard=guard,
+            aggregator=aggregator,
         )
 
     if not settings.safe:
@@ -127,7 +133,24 @@ def open_hospital(folder: Path, *, noise_seed: int | None = None) -> Iterator[Ho
             f"leave noise-seed out"
         )
     with open_safe(folder / settings.safe) as safe:
-        yield with_guard(LedgerGuard(safe, safe.noise()))
+        yield with_guard(LedgerGuard(safe, safe.noise()), _aggregator(settings, folder, safe))
+
+
+def _aggregator(settings: HospitalFile, folder: Path, safe: Safe) -> Aggregator | None:
+    """This hospital's part in secure sums with the peers it has pinned; None without any."""
+    from client.aggregation import Aggregator  # noqa: PLC0415  (it builds on this module)
+
+    if not settings.peers:
+        return None
+    pinned = {name: PublicIdentity.load(folder / path) for name, path in settings.peers.items()}
+    pinned[settings.name] = safe.identity.public
+    return Aggregator(
+        identity=safe.identity,
+        pinned=pinned,
+        policy=AggregationPolicy(minimum_hospitals=safe.policy().release.fewest_peers + 1),
+        attempts=safe.attempts(),
+        sessions=safe.sessions(),
+    )
 
 
 def split_patients(

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from client.attempts import DurableAttempts, SessionFolder
 from client.ledger import Ledger
 from client.policy import Policy
 from client.policyfile import default_text, load_policy, sign_policy
@@ -94,6 +95,14 @@ class Safe:
     def withdrawals(self, policy: Policy) -> Path:
         """The file of withdrawn consents that the policy names."""
         return self.folder.path / policy.consent.withdrawals
+
+    def attempts(self) -> DurableAttempts:
+        """The steps this hospital has taken in secure sums."""
+        return DurableAttempts(self.folder.path / "attempts.db")
+
+    def sessions(self) -> SessionFolder:
+        """Secure sums that wait for the coordinator's next message."""
+        return SessionFolder(self.folder.path / "sessions", self._key)
 
     def noise(self) -> SecretNoise:
         """The source of all this hospital's noise; its use is logged."""

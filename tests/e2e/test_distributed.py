@@ -123,8 +123,8 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
     vectors: dict[str, np.ndarray] = {}
     real = aggregation._vector
 
-    def spy(hospital: Hospital, found: object) -> torch.Tensor:
-        vector = real(hospital, found)  # type: ignore[arg-type]
+    def spy(hospital: Hospital, *rest: object) -> torch.Tensor:
+        vector = real(hospital, *rest)  # type: ignore[arg-type]
         vectors[hospital.name] = vector.numpy().copy()
         return vector
 

@@ -11,10 +11,12 @@ import tomli_w
 from flwr.app import Context, Message, RecordDict
 
 from client.app import build_client_app
+from client.attempts import DurableAttempts
 from client.hospital import open_hospital
 from client.policyfile import sign_policy
 from client.safe import create_safe, open_safe
 from common.auditlog import verify_log
+from common.errors import RefusalError
 from common.privacy.budget import budget_of
 from common.study import Study, load_study
 from server.app import Job, build_server_app, read_corpus
@@ -24,18 +26,16 @@ from simulations.grid import InProcessGrid, one_by_one
 from simulations.hospitals import build_world, write_world
 
 
-@pytest.fixture
-def split(wisconsin: Study, tmp_path: Path) -> Path:
-    """Three hospitals' folders, each with a safe whose policy suits the study."""
+def make_split(wisconsin: Study, folder: Path, hospitals: int, **changes: object) -> Path:
+    """Hospitals' folders, each with a safe whose policy suits the study."""
     study = wisconsin.revised(
         finetune__rounds=3,
         pretrain__steps=5,
         distill__steps=5,
-        simulation__hospitals=3,
+        simulation__hospitals=hospitals,
         federation__minimum_hospitals=2,
-        evaluation__epsilon=1.0,
+        **changes,
     )
-    folder = tmp_path / "split"
     write_world(build_world(study, Path()), folder)
     for home in sorted((folder / "hospitals").iterdir()):
         create_safe(home / "safe", {})
@@ -43,6 +43,7 @@ def split(wisconsin: Study, tmp_path: Path) -> Path:
         policy = tomllib.loads(path.read_text())
         policy["release"] |= {
             "stages": ["finetune", "evaluate"],
+            "trust": ["local", "distributed"],
             "smallest_cohort": 10,
             "fewest_peers": 1,
             "smallest_noise_multiplier": 0.5,
@@ -55,6 +56,33 @@ def split(wisconsin: Study, tmp_path: Path) -> Path:
             sign_policy(safe.folder.policy, safe.identity, safe.log)
         settings = tomllib.loads((home / "hospital.toml").read_text())
         (home / "hospital.toml").write_text(tomli_w.dumps(settings | {"safe": "safe"}))
+    return folder
+
+
+@pytest.fixture
+def split(wisconsin: Study, tmp_path: Path) -> Path:
+    return make_split(wisconsin, tmp_path / "split", 3, evaluation__epsilon=1.0)
+
+
+@pytest.fixture
+def enrolled(wisconsin: Study, tmp_path: Path) -> Path:
+    """Five hospitals that have pinned one another's keys."""
+    folder = make_split(
+        wisconsin,
+        tmp_path / "enrolled",
+        5,
+        evaluation__epsilon=None,
+        privacy__trust="distributed",
+        federation__hospitals=5,
+        federation__tolerated_dropouts=1,
+        finetune__local_steps=1,
+        finetune__optimiser={"kind": "sgd", "learning_rate": 0.5},
+    )
+    names = [home.name for home in sorted((folder / "hospitals").iterdir())]
+    for name in names:
+        path = folder / "hospitals" / name / "hospital.toml"
+        peers = {one: f"../{one}/safe/identity.pub" for one in names if one != name}
+        path.write_text(tomli_w.dumps(tomllib.loads(path.read_text()) | {"peers": peers}))
     return folder
 
 
@@ -122,3 +150,45 @@ def test_the_same_study_again_is_answered_from_the_ledger(split: Path, tmp_path:
         assert len(safe.ledger.entries()) == 4
     for name in ("teacher.safetensors", "student.safetensors"):
         assert (first.path / name).read_bytes() == (second.path / name).read_bytes()
+
+
+def test_secure_sums_over_processes_that_forget(enrolled: Path, tmp_path: Path) -> None:
+    """Each message finds the hospital newly opened; nothing of a session is left at the end."""
+    results = run_study(enrolled, tmp_path / "run")
+    assert results.read_json("privacy.json")["guaranteed"]
+    assert {one["hospitals"] for one in results.metrics() if one["stage"] == "finetune"} == {5}
+    study = load_study(enrolled / "study.toml")
+    for home in (enrolled / "hospitals").iterdir():
+        with open_safe(home / "safe", {}) as safe:
+            entries = safe.ledger.entries()
+        assert [one.state for one in entries] == ["committed"] * 3
+        assert entries[0].declared == budget_of(study).charge("finetune").events(1)
+        assert list((home / "safe" / "sessions").iterdir()) == []
+        assert (home / "safe" / "attempts.db").stat().st_mode & 0o077 == 0
+
+
+def test_a_hospital_whose_peers_were_swapped_takes_no_part(enrolled: Path, tmp_path: Path) -> None:
+    """It pinned another key for a peer than the coordinator now presents."""
+    home = enrolled / "hospitals" / "hospital-1"
+    path = home / "hospital.toml"
+    settings = tomllib.loads(path.read_text())
+    create_safe(tmp_path / "stranger", {})
+    settings["peers"]["hospital-2"] = str(tmp_path / "stranger" / "identity.pub")
+    path.write_text(tomli_w.dumps(settings))
+    results = run_study(enrolled, tmp_path / "run")
+    assert {one["hospitals"] for one in results.metrics() if one["stage"] == "finetune"} == {4}
+    with open_safe(home / "safe", {}) as safe:
+        assert safe.ledger.entries() == []
+
+
+def test_claims_only_go_forward_even_over_processes(tmp_path: Path) -> None:
+    path = tmp_path / "attempts.db"
+    DurableAttempts(path).claim(b"r", 0, 1)
+    DurableAttempts(path).claim(b"other", 0, 1)
+    DurableAttempts(path).claim(b"r", 0, 2)
+    for attempt, step in ((0, 2), (0, 1)):
+        with pytest.raises(RefusalError, match="raise the attempt number"):
+            DurableAttempts(path).claim(b"r", attempt, step)
+    DurableAttempts(path).claim(b"r", 1, 0)
+    with pytest.raises(RefusalError):
+        DurableAttempts(path).claim(b"r", 0, 9)
