@@ -17,17 +17,14 @@ from client.hospital import Hospital
 from client.rounds import (
     charge_of,
     check_same_study,
-    freeze_for_finetune,
+    learner,
     learning_task,
-    load_student,
-    load_teacher,
     release_of,
 )
 from common.errors import ConsiliumError, RefusalError
 from common.features import FeatureMap, scaling_from_tensor
 from common.identity import Identity
 from common.learning.gradients import PerRecordGradients
-from common.models import Student, Teacher
 from common.privacy.plan import combine_records
 from common.randomness import Stream
 from common.secagg import AggregationPolicy, Attempts, ClientSession, Kind, MemoryAttempts
@@ -143,17 +140,10 @@ class Aggregator:
 
 
 def _encoding(hospital: Hospital, task: TrainTask) -> Encoding:
-    features = FeatureMap(
-        hospital.study.dictionary, scaling_from_tensor(hospital.study.dictionary, task.scaling)
-    )
-    model: Teacher | Student
-    if task.stage == "finetune":
-        model = freeze_for_finetune(
-            hospital.study, load_teacher(hospital.study, features, task.teacher)
-        )
-    else:
-        model = load_student(hospital.study, features, task.student)
-    return encoding_of(hospital.study, task.stage, get_vector(model).numel())
+    study = hospital.study
+    features = FeatureMap(study.dictionary, scaling_from_tensor(study.dictionary, task.scaling))
+    size = get_vector(learner(study, features, task)).numel()
+    return encoding_of(study, task.stage, size)
 
 
 def _vector(hospital: Hospital, task: TrainTask, encoding: Encoding) -> Tensor:

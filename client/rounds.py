@@ -124,11 +124,18 @@ def learning_task(
     study = hospital.study
     features = FeatureMap(study.dictionary, scaling_from_tensor(study.dictionary, task.scaling))
     records = records_of(table, features, study.privacy.unit)
-    teacher = load_teacher(study, features, task.teacher)
+    model = learner(study, features, task)
     if task.stage == "finetune":
-        return freeze_for_finetune(study, teacher), task_named(study.task).loss, records
-    records, loss = taught_records(study, teacher, records)
-    return load_student(study, features, task.student), loss, records
+        return model, task_named(study.task).loss, records
+    records, loss = taught_records(study, load_teacher(study, features, task.teacher), records)
+    return model, loss, records
+
+
+def learner(study: Study, features: FeatureMap, task: TrainTask) -> Teacher | Student:
+    """The model that learns in this stage, as it was sent: the teacher, then the student."""
+    if task.stage == "finetune":
+        return freeze_for_finetune(study, load_teacher(study, features, task.teacher))
+    return load_student(study, features, task.student)
 
 
 def optimiser_of(study: Study, stage: str) -> OptimiserSpec:

@@ -27,6 +27,7 @@ from client.policy import Policy
 from client.policyfile import default_text, load_policy, sign_policy
 from common.auditlog import AuditLog, Clock, utc_now
 from common.errors import SecretError
+from common.files import sync_folder
 from common.identity import Identity, PublicIdentity
 from common.randomness import SecretNoise
 from common.secretfiles import (
@@ -34,7 +35,6 @@ from common.secretfiles import (
     WrappingKey,
     read_secret,
     replace_file,
-    sync_folder,
     write_secret,
 )
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from common.errors import RunError
+from common.files import write_atomically
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:
@@ -47,22 +46,6 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
     return running.hexdigest()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` so that a crash leaves the old file or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write named tensors as safetensors, atomically."""
     write_atomically(path, save({name: t.detach().contiguous() for name, t in tensors.items()}))
@@ -76,11 +59,3 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise RunError(f"{path}: no such file; is this a run folder that was started?") from None
     except Exception as error:  # safetensors raises its own untyped errors
         raise RunError(f"{path}: not a whole safetensors file ({error})") from None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

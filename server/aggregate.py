@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,28 +17,15 @@ from common.secagg import Aggregate, ServerSession
 from common.secagg.plan import encoding_of, terms_of
 from common.study import Study
 from common.wire import AggregateReply, AggregateStep, HelloReply, TrainTask
-
-Reply = TypeVar("Reply")
+from server.link import Link
 
 _logger = logging.getLogger(__name__)
 
 _EXCHANGES = 4  # roster, delivery, survivors, agreements; the adverts came before
 
 
-class Asking(Protocol):
-    """What a secure sum needs of the link to the hospitals."""
-
-    def ask(self, action: str, task: Any, kind: type[Reply]) -> Iterator[Reply]:
-        """One task to all."""
-        ...
-
-    def ask_each(self, action: str, tasks: Mapping[str, Any], kind: type[Reply]) -> Iterator[Reply]:
-        """Each its own."""
-        ...
-
-
 def secure_update(
-    study: Study, link: Asking, task: TrainTask, members: Mapping[str, HelloReply], size: int
+    study: Study, link: Link, task: TrainTask, members: Mapping[str, HelloReply], size: int
 ) -> tuple[Tensor, int]:
     """The hospitals' mean step [size], and how many were in the sum.
 
@@ -49,7 +35,12 @@ def secure_update(
 
     Raises RunError when too few hospitals remain.
     """
-    pinned = {name: PublicIdentity.from_text(one.identity) for name, one in members.items()}
+    # A hospital without an identity takes part in no sum; the others go on without it.
+    pinned = {
+        name: PublicIdentity.from_text(one.identity)
+        for name, one in members.items()
+        if one.identity
+    }
     encoding = encoding_of(study, task.stage, size)
     for attempt in range(study.privacy.spare_attempts + 1):
         tried = replace(task, attempt=attempt)
@@ -71,7 +62,7 @@ def secure_update(
     )
 
 
-def _exchange(link: Asking, session: ServerSession, task: TrainTask) -> Aggregate:
+def _exchange(link: Link, session: ServerSession, task: TrainTask) -> Aggregate:
     _receive(session, link.ask("aggregate.begin", task, AggregateReply))
     for _ in range(_EXCHANGES):
         tasks = {

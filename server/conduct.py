@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,21 +45,10 @@ from common.wire import (
 )
 from server import rules
 from server.aggregate import secure_update
+from server.link import Link
 from server.store import Checkpoint, RunFolder
 
 Reply = TypeVar("Reply")
-
-
-class Link(Protocol):
-    """The coordinator's only way to the hospitals; Flower's grid behind it, or a test's."""
-
-    def ask(self, action: str, task: Any, kind: type[Reply]) -> Iterator[Reply]:
-        """Send ``task`` to every hospital; their replies, as they come. Failures are left out."""
-        ...
-
-    def ask_each(self, action: str, tasks: Mapping[str, Any], kind: type[Reply]) -> Iterator[Reply]:
-        """The same with a task of its own for each hospital named, known since its Hello."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from common.files import write_atomically
 from common.study import Study
-from common.tensors import save_tensors, write_atomically
+from common.tensors import save_tensors
 from server.conduct import Outcome
 from server.statement import privacy_statement, statement_text
 from server.store import RunFolder

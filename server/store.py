@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 
 from common.errors import RunError
+from common.files import write_atomically
 from common.study import Study, load_study
-from common.tensors import load_tensors, save_tensors, write_atomically
+from common.tensors import load_tensors, save_tensors
 
 _PACKAGES = ("flwr", "torch", "opacus", "numpy", "dp-accounting", "cryptography")
 

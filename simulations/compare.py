@@ -26,6 +26,7 @@ import numpy as np
 
 from client.hospital import Hospital
 from common.errors import RunError, StudyError
+from common.files import write_atomically
 from common.learning.metrics import (
     accuracy_from_histogram,
     auc_from_histogram,
@@ -33,7 +34,6 @@ from common.learning.metrics import (
 )
 from common.privacy.units import Trust
 from common.study import Study
-from common.tensors import write_atomically
 from server.store import RunFolder
 from simulations.arms import (
     ALONE,

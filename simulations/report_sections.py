@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from common.dictionary import Dictionary
+from common.files import write_atomically
 from common.learning.metrics import Interval
 from common.privacy.units import Trust
 from common.sources import SourceSpec
 from common.study import Study
-from common.tensors import write_atomically
 from simulations.comparison import CurvePoint
 from simulations.markup import (
     Content,

@@ -118,14 +118,24 @@ def calibrate(
 
     Raises PrivacyError when ``epsilon`` is not positive or no noise suffices.
     """
-    if not (math.isfinite(epsilon) and epsilon > 0):
-        raise PrivacyError(f"ε: expected a finite number above 0, found {epsilon}")
-    check_delta(delta)
 
     def is_private(noise_multiplier: float) -> bool:
         together = merged(events_at(noise_multiplier))
         return not together or _composed(together, relation, 0).epsilon(delta) <= epsilon
 
+    return smallest_noise(is_private, epsilon=epsilon, delta=delta, tolerance=tolerance)
+
+
+def smallest_noise(
+    is_private: Callable[[float], bool], *, epsilon: float, delta: float, tolerance: float
+) -> float:
+    """The search behind ``calibrate``, for any accountant.
+
+    ``is_private(noise_multiplier)``: whether the run keeps (``epsilon``, ``delta``) at that noise.
+    """
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise PrivacyError(f"ε: expected a finite number above 0, found {epsilon}")
+    check_delta(delta)
     low, high = _SMALLEST_NOISE_MULTIPLIER, 1.0
     if is_private(low):
         return low

@@ -43,12 +43,10 @@ from numpy.typing import NDArray
 from scipy.special import gammaln, logsumexp
 
 from common.errors import PrivacyError
-from common.privacy.accounting import GaussianEvent, check_delta
+from common.privacy.accounting import GaussianEvent, check_delta, smallest_noise
 from common.privacy.units import Relation
 
 ORDERS = (*range(2, 129), *range(132, 257, 4), *range(272, 513, 16), 640, 768, 1024, 2048, 4096)
-_LARGEST_NOISE_MULTIPLIER = 1e6
-_SMALLEST_NOISE_MULTIPLIER = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,24 +131,11 @@ def calibrate(
 
     Keeps the private side of the root, as ``common.privacy.accounting.calibrate`` does.
     """
-    if not (math.isfinite(epsilon) and epsilon > 0):
-        raise PrivacyError(f"ε: expected a finite number above 0, found {epsilon}")
-    check_delta(delta)
-    low, high = _SMALLEST_NOISE_MULTIPLIER, 1.0
-    if _spent(events_at(low), delta, relation) <= epsilon:
-        return low
-    while _spent(events_at(high), delta, relation) > epsilon:
-        low, high = high, high * 2
-        if high > _LARGEST_NOISE_MULTIPLIER:
-            raise PrivacyError(
-                f"ε = {epsilon} at δ = {delta} cannot be reached with any noise; "
-                f"use fewer steps or a larger ε"
-            )
-    while high - low > tolerance * low:
-        middle = math.sqrt(low * high)
-        is_private = _spent(events_at(middle), delta, relation) <= epsilon
-        low, high = (low, middle) if is_private else (middle, high)
-    return high
+
+    def is_private(noise_multiplier: float) -> bool:
+        return _spent(events_at(noise_multiplier), delta, relation) <= epsilon
+
+    return smallest_noise(is_private, epsilon=epsilon, delta=delta, tolerance=tolerance)
 
 
 def _spent(events: Sequence[Event], delta: float, relation: Relation) -> float:

@@ -247,9 +247,8 @@ def test_a_crash_between_reserve_and_release_is_paid_and_never_exceeds_the_study
     assert states == ["reserved"] + ["committed"] * last
 
 
-def test_refusal_compares_with_what_the_study_promised() -> None:
-    one = GaussianEvent(noise_multiplier=4.0)
-    asked = Release(
+def release(event: GaussianEvent) -> Release:
+    return Release(
         study="s",
         study_digest="d",
         task="diagnosis",
@@ -262,12 +261,17 @@ def test_refusal_compares_with_what_the_study_promised() -> None:
         unit=PrivacyUnit.PATIENT,
         relation=Relation.ADD_REMOVE,
         records_per_patient=1,
-        events=(one,),
+        events=(event,),
         patients=("p",),
         peers=1,
         epsilon=1.0,
         delta=1e-5,
     )
+
+
+def test_refusal_compares_with_what_the_study_promised() -> None:
+    one = GaussianEvent(noise_multiplier=4.0)
+    asked = release(one)
     refuse_beyond_study([], asked)  # one such release is ε 0.93
     with pytest.raises(RefusalError):
         refuse_beyond_study([one], asked)
@@ -280,25 +284,7 @@ def test_no_two_requests_share_a_digest() -> None:
 
 def test_memory_draws_the_same_noise_for_the_same_request_only() -> None:
     guard = MemoryGuard(SecretNoise(bytes(32)))
-    asked = Release(
-        study="s",
-        study_digest="d",
-        task="diagnosis",
-        stage="finetune",
-        round=0,
-        request="r",
-        rows="x",
-        pool="train",
-        trust="local",
-        unit=PrivacyUnit.PATIENT,
-        relation=Relation.ADD_REMOVE,
-        records_per_patient=1,
-        events=(GaussianEvent(noise_multiplier=100.0),),
-        patients=("p",),
-        peers=1,
-        epsilon=1.0,
-        delta=1e-5,
-    )
+    asked = release(GaussianEvent(noise_multiplier=100.0))
 
     def draw(stream: Stream) -> torch.Tensor:
         return torch.from_numpy(stream.normal(4))

@@ -1,1 +1,0 @@
-"""Where a hospital's records come from."""
