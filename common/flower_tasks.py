@@ -8,7 +8,7 @@ this relies on against the installed version of Flower.
 ::
 
     SuperNode / SuperLink ◀─acquire── TaskQueue        one token a task
-                          ◀─pull, push── run_client_task, run_server_task   (in a process each)
+                          ◀─pull, push── ClientTask, run_server_task   (in a process each)
     SuperLink             ◀── Control                  nodes and runs
 """
 
@@ -42,6 +42,7 @@ from flwr.proto.control_pb2 import (
     StopRunRequest,
     UnregisterNodeRequest,
 )
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
     PullTaskInputRequest,
@@ -106,21 +107,56 @@ class TaskQueue:
         return found.token if found.HasField("task") and found.token else None
 
 
-def run_client_task(endpoint: Endpoint, token: str, app: ClientApp) -> None:
-    """Answer one message with the installed ``app``. Raises what the transport raises."""
-    with _runtime(endpoint, token, "flwr-clientapp") as client:
-        message, context, _run, _shipped = pull_task_input(client)
-        reply = app(message=message, context=context)
-        push_message(client, reply, context)
-        push_task_output(client, context, SubStatus.COMPLETED, "")
+class ClientTask:
+    """One message for this hospital, pulled from the SuperNode; ``pull`` starts no thread.
 
+    A process that forks after ``pull`` gives its child the message for nothing, and keeps it: a
+    child that dies is answered for.
+    """
 
-def fail_client_task(endpoint: Endpoint, token: str, reason: str) -> None:
-    """Answer in place of a process that died: the coordinator learns that, and no more."""
-    with _runtime(endpoint, token, "flwr-clientapp") as client:
-        message, context, _run, _shipped = pull_task_input(client)
-        push_message(client, Message(Error(code=_LOST, reason=reason), reply_to=message), context)
-        push_task_output(client, context, SubStatus.FAILED, reason)
+    def __init__(self, endpoint: Endpoint, token: str, message: Message, context: Context) -> None:
+        """From ``pull``."""
+        self._endpoint, self._token = endpoint, token
+        self._message, self._context = message, context
+
+    @classmethod
+    def pull(cls, endpoint: Endpoint, token: str) -> ClientTask:
+        """The task behind ``token``. The code that was shipped with it is dropped unread."""
+        client = _runtime_client(endpoint, token)
+        try:
+            message, context, _run, _shipped = pull_task_input(client)
+        finally:
+            client.close()
+        return cls(endpoint, token, message, context)
+
+    def answer(self, app: ClientApp) -> None:
+        """Send what the installed ``app`` answers. Raises what the transport raises."""
+        self._send(app(message=self._message, context=self._context), SubStatus.COMPLETED, "")
+
+    def fail(self, reason: str) -> None:
+        """Answer in place of a process that died: the coordinator learns ``reason``, no more."""
+        error = Error(code=_LOST, reason=reason)
+        self._send(Message(error, reply_to=self._message), SubStatus.FAILED, reason)
+
+    @contextmanager
+    def kept_alive(self) -> Iterator[None]:
+        """Heartbeats while the task is worked on."""
+        client = _runtime_client(self._endpoint, self._token)
+        heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+        heartbeat.start()
+        try:
+            yield
+        finally:
+            heartbeat.stop()
+            client.close()
+
+    def _send(self, reply: Message, outcome: str, details: str) -> None:
+        client = _runtime_client(self._endpoint, self._token)
+        try:
+            push_message(client, reply, self._context)
+            push_task_output(client, self._context, outcome, details)
+        finally:
+            client.close()
 
 
 def run_server_task(
@@ -253,31 +289,22 @@ class Control:
         """Close the connection."""
         self._client.close()
 
-    def _nodes(self) -> dict[bytes, object]:
+    def _nodes(self) -> dict[bytes, NodeInfo]:
         listed = self._client.ListNodes(ListNodesRequest()).nodes_info
         return {bytes(one.public_key): one for one in listed if one.status != "unregistered"}
 
 
-@contextmanager
-def _runtime(endpoint: Endpoint, token: str, component: str) -> Iterator[RuntimeHttpClient]:
-    """The Runtime interface for one task, kept alive by heartbeats while it is used."""
-    client = RuntimeHttpClient.from_server_address(
+def _runtime_client(endpoint: Endpoint, token: str) -> RuntimeHttpClient:
+    return RuntimeHttpClient.from_server_address(
         endpoint.address,
         insecure=False,
         root_certificates=endpoint.root_certificates,
         interceptors=[
-            RuntimeVersionHttpInterceptor(component_name=component),
+            RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
             RuntimeTokenHttpInterceptor(token),
         ],
         retry_invoker=make_simple_http_retry_invoker(),
     )
-    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
-    heartbeat.start()
-    try:
-        yield client
-    finally:
-        heartbeat.stop()
-        client.close()
 
 
 @contextmanager
