@@ -91,7 +91,8 @@ def laid_out_study(folder: Path, digest: str) -> Study:
     place = study_folder(folder, digest)
     if not place.study.is_file():
         raise RefusalError(
-            f"{RULE}: this hospital holds no study {digest[:12]}…; see `consilium hospital studies`",
+            f"{RULE}: this hospital holds no study {digest[:12]}…; "
+            f"see `consilium hospital studies`",
             rule=RULE,
         )
     study = load_study(place.study)
