@@ -33,7 +33,7 @@ MIGRATIONS = (
             f"""CREATE TABLE hospitals (
                 name VARCHAR(64) PRIMARY KEY,
                 identity VARCHAR(100) NOT NULL UNIQUE,
-                public_key TEXT NOT NULL,
+                public_key TEXT NOT NULL UNIQUE,
                 serial VARCHAR(64),
                 not_after {_TIME},
                 node_id VARCHAR(20),

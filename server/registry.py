@@ -44,7 +44,7 @@ _hospitals = Table(
     METADATA,
     Column("name", String(64), primary_key=True),
     Column("identity", String(100), nullable=False, unique=True),
-    Column("public_key", Text, nullable=False),
+    Column("public_key", Text, nullable=False, unique=True),
     Column("node_id", Uint64),
     Column("enrolled_at", Utc, nullable=False),
     Column("revoked_at", Utc),
@@ -253,7 +253,7 @@ class Registry:
                 )
         except IntegrityError:
             raise RunError(
-                f"hospital {hospital.name!r}: its name or identity is enrolled already; "
+                f"hospital {hospital.name!r}: its name, identity or key is enrolled already; "
                 f"use another name, or a new `consilium hospital init`"
             ) from None
 
@@ -281,6 +281,13 @@ class Registry:
         return bool(changed)
 
     # Certificates
+
+    def key_owner(self, public_key: str) -> str | None:
+        """Which hospital ever had a certificate for this key."""
+        rows = self._rows(
+            select(_certificates.c.hospital).where(_certificates.c.public_key == public_key)
+        )
+        return str(rows[0]["hospital"]) if rows else None
 
     def add_certificate(self, hospital: str, issued: Issued, at: datetime) -> None:
         """Record a renewed certificate."""
