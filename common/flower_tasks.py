@@ -106,6 +106,10 @@ class TaskQueue:
             return None
         return found.token if found.HasField("task") and found.token else None
 
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
 
 class ClientTask:
     """One message for this hospital, pulled from the SuperNode; ``pull`` starts no thread.
