@@ -65,7 +65,6 @@ FACTS: Mapping[str, frozenset[str]] = {
     "study_state": frozenset({"study", "study_digest", "state", "reason", "hospitals", "actor"}),
     "token_created": frozenset({"name", "role", "actor"}),
     "token_revoked": frozenset({"name", "actor"}),
-    "restored": frozenset({"backup_digest", "actor"}),
 }
 _LONGEST_TEXT = 400
 

@@ -49,14 +49,15 @@ class Admission:
         self._edge = edge
 
     def enroll(self, name: str, *, actor: str) -> JoinCode:
-        """A join code for a new hospital; an unused older one for it counts no longer.
+        """A join code for a hospital; an older one for it counts no longer.
 
-        Raises RunError when the name is taken, in any spelling of case.
+        One that takes part already, whose certificate expired say, comes back by it with the same
+        identity. Raises RunError when the name is taken in another spelling of case, or revoked.
         """
         now = self._desk.clock()
         with self._desk.lock:
             for one in self._registry.hospitals():
-                if one.name.lower() == name.lower():
+                if one.name.lower() == name.lower() and (one.name != name or one.revoked_at):
                     raise RunError(
                         f"hospital {name!r}: {one.name!r} is enrolled already"
                         + (" and was revoked" if one.revoked_at else "")
@@ -84,22 +85,24 @@ class Admission:
         with self._desk.lock:
             code = self._checked_code(request)
             if code.used_at is None:
-                self._add(request, identity, key)
+                self._take_in(request, identity, key)
             hospital = self._registry.hospital(request.name)
+            issued = self._registry.certificates(request.name)
             if (
                 hospital is None
                 or hospital.revoked_at is not None
-                or (hospital.identity, hospital.public_key) != (identity.text(), key)
+                or hospital.identity != identity.text()
+                or not issued
+                or issued[-1].public_key != key
             ):
                 raise RefusalError(
                     f"join code of {request.name}: expected an unused one, or the hospital that "
                     f"used it; ask the coordinator for a new one",
                     rule="join.used",
                 )
-            self._register(hospital)
+            self._adopt_key(hospital, key)
             self.publish()
-            newest = self._registry.certificates(hospital.name)[-1]
-            return self._reply(newest.pem)
+            return self._reply(issued[-1].pem)
 
     def renew(self, name: str, request: RenewRequest) -> JoinReply:
         """A new certificate for a hospital, for the same key or a new one.
@@ -111,18 +114,10 @@ class Admission:
         with self._desk.lock:
             hospital = self.active(name)
             request.verify(PublicIdentity.from_text(hospital.identity))
-            if self._registry.key_owner(key) not in (None, name):
-                raise RefusalError(
-                    "certificate request: expected a key of this hospital's own; make a new one",
-                    rule="renew.key",
-                )
+            self._check_key(key, name)
             issued = self._issued(name, request.certificate_request, actor=name)
             self._registry.add_certificate(name, issued, self._desk.clock())
-            if key != hospital.public_key:
-                node = self._federation.register_node(key, name)
-                self._registry.set_node(name, node, key)
-                if hospital.node_id is not None:
-                    self._federation.unregister_node(hospital.node_id)
+            self._adopt_key(hospital, key)
             self.publish()
             return self._reply(issued.certificate)
 
@@ -243,13 +238,20 @@ class Admission:
             )
         return code
 
-    def _add(self, request: JoinRequest, identity: PublicIdentity, key: str) -> None:
-        if self._registry.key_owner(key) is not None:
+    def _take_in(self, request: JoinRequest, identity: PublicIdentity, key: str) -> None:
+        """A new hospital, or one that comes back with the identity it is known by."""
+        self._check_key(key, request.name)
+        known = self._registry.hospital(request.name)
+        if known is not None and known.identity != identity.text():
             raise RefusalError(
-                "certificate request: expected a key of this hospital's own; make a new one",
-                rule="join.key",
+                f"hospital {request.name!r}: expected the identity it is enrolled with, found "
+                f"{identity.fingerprint[:16]}…",
+                rule="join.identity",
             )
         issued = self._issued(request.name, request.certificate_request, actor=request.name)
+        if known is not None:
+            self._registry.readmit_hospital(request.name, issued, self._desk.clock())
+            return
         facts: dict[str, Fact] = {
             "name": request.name,
             "identity": identity.fingerprint,
@@ -279,6 +281,21 @@ class Admission:
         }
         self._desk.record("certificate_issued", name, actor=actor, facts=facts)
         return issued
+
+    def _check_key(self, key: str, name: str) -> None:
+        # Flower knows a node by its key: two hospitals with one key would be one.
+        if self._registry.key_owner(key) not in (None, name):
+            raise RefusalError(
+                "certificate request: expected a key of this hospital's own; make a new one",
+                rule="certificate.key",
+            )
+
+    def _adopt_key(self, hospital: Hospital, key: str) -> None:
+        """Make ``key`` the hospital's only node key."""
+        node = self._federation.register_node(key, hospital.name)
+        self._registry.set_node(hospital.name, node, key)
+        if hospital.node_id not in (None, node):
+            self._federation.unregister_node(hospital.node_id)
 
     def _register(self, hospital: Hospital) -> int:
         node = self._federation.register_node(hospital.public_key, hospital.name)

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from sqlalchemy import (
     Column,
+    Connection,
     Engine,
     ForeignKey,
     Integer,
@@ -236,15 +237,9 @@ class Registry:
 
         Raises RunError when name or identity is taken, or the code was used at the same moment.
         """
-        claim = (
-            update(_join_codes)
-            .where(_join_codes.c.name == hospital.name, _join_codes.c.used_at.is_(None))
-            .values(used_at=hospital.enrolled_at)
-        )
         try:
             with self._engine.begin() as connection:
-                if connection.execute(claim).rowcount != 1:
-                    raise RunError(f"join code of {hospital.name}: expected an unused one")
+                _use_code(connection, hospital.name, hospital.enrolled_at)
                 connection.execute(insert(_hospitals).values(**vars(hospital)))
                 connection.execute(
                     insert(_certificates).values(
@@ -256,6 +251,12 @@ class Registry:
                 f"hospital {hospital.name!r}: its name, identity or key is enrolled already; "
                 f"use another name, or a new `consilium hospital init`"
             ) from None
+
+    def readmit_hospital(self, name: str, issued: Issued, at: datetime) -> None:
+        """Give a hospital that is known a new certificate and use its join code up."""
+        with self._engine.begin() as connection:
+            _use_code(connection, name, at)
+            connection.execute(insert(_certificates).values(_certificate(name, issued, at)))
 
     def set_node(self, name: str, node_id: int, public_key: str) -> None:
         """Record under which node and key Flower knows the hospital."""
@@ -423,6 +424,10 @@ class Registry:
             )
         )
 
+    def remove_token(self, name: str) -> None:
+        """Forget a token and its name altogether."""
+        self._write(delete(_tokens).where(_tokens.c.name == name))
+
     # Events
 
     def add_event(self, kind: str, subject: str, actor: str, at: datetime) -> None:
@@ -450,6 +455,16 @@ class Registry:
     def _write(self, statement: Executable) -> int:
         with self._engine.begin() as connection:
             return cast("int", connection.execute(statement).rowcount)
+
+
+def _use_code(connection: Connection, name: str, at: datetime) -> None:
+    claim = (
+        update(_join_codes)
+        .where(_join_codes.c.name == name, _join_codes.c.used_at.is_(None))
+        .values(used_at=at)
+    )
+    if connection.execute(claim).rowcount != 1:
+        raise RunError(f"join code of {name}: expected an unused one; ask for a new one")
 
 
 def _certificate(hospital: str, issued: Issued, at: datetime) -> dict[str, Any]:
