@@ -31,7 +31,7 @@ MIGRATIONS = (
         "hospitals, studies, answers, tokens and events",
         (
             f"""CREATE TABLE hospitals (
-                name VARCHAR(64) PRIMARY KEY,
+                name VARCHAR(64) NOT NULL PRIMARY KEY,
                 identity VARCHAR(100) NOT NULL UNIQUE,
                 public_key TEXT NOT NULL UNIQUE,
                 serial VARCHAR(64),
@@ -42,12 +42,12 @@ MIGRATIONS = (
             # nginx compares names without regard to case.
             "CREATE UNIQUE INDEX hospitals_one_case ON hospitals (lower(name))",
             f"""CREATE TABLE join_codes (
-                name VARCHAR(64) PRIMARY KEY,
+                name VARCHAR(64) NOT NULL PRIMARY KEY,
                 secret_sha256 VARCHAR(64) NOT NULL,
                 expires_at {_TIME} NOT NULL,
                 used_at {_TIME})""",
             f"""CREATE TABLE studies (
-                id VARCHAR(100) PRIMARY KEY,
+                id VARCHAR(100) NOT NULL PRIMARY KEY,
                 name VARCHAR(64) NOT NULL,
                 digest VARCHAR(64) NOT NULL UNIQUE,
                 toml TEXT NOT NULL,
@@ -66,13 +66,13 @@ MIGRATIONS = (
                 at {_TIME} NOT NULL,
                 PRIMARY KEY (study, hospital))""",
             f"""CREATE TABLE tokens (
-                name VARCHAR(64) PRIMARY KEY,
+                name VARCHAR(64) NOT NULL PRIMARY KEY,
                 role VARCHAR(16) NOT NULL,
                 sha256 VARCHAR(64) NOT NULL UNIQUE,
                 created_at {_TIME} NOT NULL,
                 revoked_at {_TIME})""",
             f"""CREATE TABLE events (
-                seq VARCHAR(32) PRIMARY KEY,
+                seq VARCHAR(32) NOT NULL PRIMARY KEY,
                 time {_TIME} NOT NULL,
                 kind VARCHAR(40) NOT NULL,
                 subject VARCHAR(100) NOT NULL,
@@ -85,7 +85,7 @@ MIGRATIONS = (
         "progress of a study, so that an attempt that got further starts the waits anew",
         (
             f"""CREATE TABLE certificates (
-                serial VARCHAR(64) PRIMARY KEY,
+                serial VARCHAR(64) NOT NULL PRIMARY KEY,
                 hospital VARCHAR(64) NOT NULL REFERENCES hospitals (name),
                 public_key TEXT NOT NULL,
                 pem TEXT NOT NULL,
