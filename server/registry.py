@@ -215,7 +215,11 @@ class Registry:
     def open(cls, url: str) -> Registry:
         """Open or create the database at ``url`` and bring it up to date. Raises RunError."""
         engine = open_engine(url)
-        migrate(engine)
+        try:
+            migrate(engine)
+        except BaseException:
+            engine.dispose()
+            raise
         return cls(engine)
 
     def close(self) -> None:

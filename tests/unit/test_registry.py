@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import subprocess
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -43,8 +46,6 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
     if initdb is None or server is None:
         pytest.skip("PostgreSQL's server is not installed")
     pytest.importorskip("psycopg", reason="psycopg is not installed (consilium[postgres])")
-    import tempfile
-
     with tempfile.TemporaryDirectory(prefix="pg-") as folder:  # short: sockets' paths are
         root = Path(folder)
         user: dict[str, object] = {}
@@ -85,7 +86,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
 
             yield make
         finally:
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # without waiting for clients
             try:
                 process.wait(30)
             except subprocess.TimeoutExpired:
@@ -94,8 +95,6 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    import time
-
     engine = create_engine(url)
     deadline = time.monotonic() + 60
     while True:
