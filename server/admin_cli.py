@@ -25,7 +25,6 @@ NameArgument = Annotated[str, typer.Argument(help="The hospital's name.")]
 StudyArgument = Annotated[str, typer.Argument(help="A study's id, or its name.")]
 
 _ENDED = ("finished", "failed", "stopped")
-_STOP_S = 60.0
 
 token_app = typer.Typer(
     no_args_is_help=True,
@@ -203,13 +202,31 @@ def renew_certificate(folder: FolderOption = Path(), as_json: JsonOption = False
     _emit(as_json, done, f"In use: certificate {done['serial']}.")
 
 
+@_commands.command("start", epilog="Example: consilium coordinator start -C /srv/coordinator")
+def start(folder: FolderOption = Path()) -> None:
+    """Run the coordinator's services until stopped; what dies is started again."""
+    import logging
+
+    from server.coordinator import run_coordinator
+
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    settings = CoordinatorFolder(folder).load_settings()
+    page = f"http://127.0.0.1:{settings.admin_port}/"
+    run_coordinator(
+        folder,
+        lambda: print(f"Hospitals: {settings.address}. Page: {page}", flush=True),
+    )
+
+
 @_commands.command("stop", epilog="Example: consilium coordinator stop")
 def stop(folder: FolderOption = Path(), as_json: JsonOption = False) -> None:
     """Stop the service; studies go on from their last finished round at the next start."""
-    from server.pidfile import stop_process
+    from server.coordinator import stop_coordinator
 
-    pid = stop_process(CoordinatorFolder(folder).pid, timeout_s=_STOP_S)
-    _emit(as_json, {"stopped": pid}, f"Stopped (process {pid}).")
+    stop_coordinator(CoordinatorFolder(folder))
+    _emit(as_json, {"stopped": str(folder)}, "Stopped.")
 
 
 @token_app.command(

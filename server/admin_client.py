@@ -69,9 +69,7 @@ class AdminClient:
         """A file."""
         return self._ask("GET", path).content
 
-    def _ask(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None
-    ) -> httpx.Response:
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
         try:
             reply = self._client.request(method, path, json=body)
         except httpx.HTTPError as error:

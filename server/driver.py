@@ -116,9 +116,7 @@ class Driver:
         standing = self._studies.standing(row)
         by_name = {one.name: one for one in self._desk.registry.hospitals()}
         nodes = {
-            node: name
-            for name in standing.approved
-            if (node := by_name[name].node_id) is not None
+            node: name for name in standing.approved if (node := by_name[name].node_id) is not None
         }
         public = (self._desk.folder.path / self._desk.settings.public_folder).resolve()
         path = self._studies.folder(row).path

@@ -209,7 +209,7 @@ def nginx_config(
             f"        location @error{code} {{\n"
             f"            internal;\n"
             f"            default_type application/json;\n"
-            f"            return {status} '{{\"error\":\"{message}\"}}';\n"
+            f'            return {status} \'{{"error":"{message}"}}\';\n'
             f"        }}\n"
         )
     return head + _TAIL.format(

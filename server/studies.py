@@ -294,9 +294,7 @@ class Studies:
                 f"study {row.id}: its files are for hospitals that approved it", rule="files"
             )
         if name not in FINISHED_FILES:
-            raise NotFoundError(
-                f"file {name[:60]!r}: expected one of {', '.join(FINISHED_FILES)}"
-            )
+            raise NotFoundError(f"file {name[:60]!r}: expected one of {', '.join(FINISHED_FILES)}")
         return self.result_file(row, name)
 
     def study(self, row: StudyRow) -> Study:
@@ -312,9 +310,7 @@ class Studies:
         return found
 
     def _invited(self, names: Sequence[str] | None) -> list[Hospital]:
-        active = {
-            one.name: one for one in self._registry.hospitals() if one.revoked_at is None
-        }
+        active = {one.name: one for one in self._registry.hospitals() if one.revoked_at is None}
         unknown = [name for name in names or () if name not in active]
         if unknown:
             raise RunError(

@@ -40,7 +40,9 @@ async def serve(service: Service) -> None:
     folder.hospital_socket.unlink(missing_ok=True)  # nobody else serves: the desk is locked
     servers = [
         _server(hospital_app(service, metrics), uds=str(folder.hospital_socket)),
-        _server(admin_app(service, metrics), host="127.0.0.1", port=service.desk.settings.admin_port),
+        _server(
+            admin_app(service, metrics), host="127.0.0.1", port=service.desk.settings.admin_port
+        ),
     ]
     stopping = threading.Event()
 

@@ -147,9 +147,7 @@ def _add_studies(app: FastAPI, service: Service) -> None:
         return study_view(service, studies.begin(study_id, actor=actor))
 
     @app.post(f"{API}/studies/{{study_id}}/stop", tags=["studies"])
-    def stop(
-        actor: Operator, study_id: str, wish: models.StopIn | None = None
-    ) -> models.StudyOut:
+    def stop(actor: Operator, study_id: str, wish: models.StopIn | None = None) -> models.StudyOut:
         """Stop a study; what was spent stays spent, and `begin` continues it."""
         reason = wish.reason if wish else ""
         return study_view(service, studies.stop(study_id, actor=actor, reason=reason))
@@ -216,9 +214,7 @@ def _add_overview(app: FastAPI, service: Service, metrics: Metrics) -> None:
         return status_view(service)
 
     @app.get(f"{API}/events", tags=["overview"])
-    def events(
-        _: Viewer, newest: Annotated[int, Query(ge=1, le=1000)] = 50
-    ) -> models.EventsOut:
+    def events(_: Viewer, newest: Annotated[int, Query(ge=1, le=1000)] = 50) -> models.EventsOut:
         """What happened last."""
         listed = [
             models.EventOut(time=one.time, kind=one.kind, subject=one.subject, actor=one.actor)

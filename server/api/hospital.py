@@ -38,7 +38,9 @@ def hospital_app(service: Service, metrics: Metrics, throttle: Throttle | None =
         serial: Annotated[str, Header(alias=SERIAL_HEADER)] = "",
     ) -> Hospital:
         if not caller_name or not serial:
-            raise HTTPException(401, "certificate: expected one of an enrolled hospital, found none")
+            raise HTTPException(
+                401, "certificate: expected one of an enrolled hospital, found none"
+            )
         return service.admission.arrived(caller_name, _serial(serial))
 
     Caller = Annotated[Hospital, Depends(caller)]  # noqa: N806

@@ -67,7 +67,11 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
         options = ["-c", "listen_addresses=", "-c", f"unix_socket_directories={root}"]
         with (root / "log").open("wb") as log:
             process = subprocess.Popen(
-                [server, "-D", str(data), *options], stdout=log, stderr=log, cwd=root, **user  # type: ignore[call-overload]
+                [server, "-D", str(data), *options],
+                stdout=log,
+                stderr=log,
+                cwd=root,
+                **user,  # type: ignore[call-overload]
             )
         admin = f"postgresql+psycopg://consilium@/postgres?host={quote(str(root))}"
         try:
@@ -134,7 +138,9 @@ def a_hospital(name: str = "north") -> Hospital:
 
 
 def issued(serial: str, key: str = "k") -> Issued:
-    return Issued(serial=serial, not_after=START.replace(year=2031), certificate="c", public_key=key)
+    return Issued(
+        serial=serial, not_after=START.replace(year=2031), certificate="c", public_key=key
+    )
 
 
 def add(registry: Registry, name: str, serial: str) -> None:
@@ -171,9 +177,7 @@ def test_rows_come_back_as_they_went_in(registry: Registry) -> None:
     assert registry.study("heart-1") == registry.study_of("heart") == a_study()
     assert registry.change_study("heart-1", ["offered"], run_id=2**63, next_attempt_at=START)
     assert registry.studies() == [replace(a_study(), run_id=2**63, next_attempt_at=START)]
-    answer = AnswerRow(
-        study="heart-1", hospital="north", decision="refuse", json="{}", at=START
-    )
+    answer = AnswerRow(study="heart-1", hospital="north", decision="refuse", json="{}", at=START)
     assert registry.put_answer(answer)
     assert registry.put_answer(replace(answer, decision="approve"))
     assert registry.answers("heart-1") == [replace(answer, decision="approve")]
@@ -298,9 +302,7 @@ def test_migrated_tables_are_the_ones_the_code_uses(url: str) -> None:
     found = inspect(engine)
     for table in METADATA.sorted_tables:
         columns = {one["name"]: one["nullable"] for one in found.get_columns(table.name)}
-        assert columns == {
-            one.name: bool(one.nullable) for one in table.columns
-        }, table.name
+        assert columns == {one.name: bool(one.nullable) for one in table.columns}, table.name
     engine.dispose()
 
 
