@@ -159,7 +159,7 @@ class FakeCoordinator:
         class Handler(_Handler):
             coordinator = world
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server = _QuietServer(("127.0.0.1", 0), Handler)
         server.daemon_threads = True
         context = self.pki.server_context(hosts=self.hosts, start=self.started)
         context.verify_mode = ssl.CERT_OPTIONAL
@@ -243,6 +243,11 @@ def _text(secret: bytes) -> str:
     import base64
 
     return base64.b64encode(secret).decode()
+
+
+class _QuietServer(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A connection that broke is what some tests are about."""
 
 
 class _Handler(BaseHTTPRequestHandler):
