@@ -9,7 +9,7 @@ A record is acknowledged only once it is on disk, newline included. A last line 
 was therefore never acknowledged: opening the log for writing removes it and says so in a record.
 
 The log holds hashes, counts and names of studies, never patient data: each kind admits only the
-facts listed in ``FACTS``, and texts are short.
+facts listed in ``FACTS``, and texts are short. The coordinator keeps one of its own.
 """
 
 from __future__ import annotations
@@ -55,6 +55,19 @@ FACTS: Mapping[str, frozenset[str]] = {
     "study_refused": _ANSWER | {"reason"},
     "checkpoint": frozenset({"checkpoint_seq", "checkpoint_head", "coordinator"}),
     "tail_repaired": frozenset({"removed_bytes", "removed_digest"}),
+} | {
+    # The coordinator's. ``actor``: the name of the token, the hospital, or the service itself.
+    "code_issued": frozenset({"name", "expires_at", "actor"}),
+    "hospital_joined": frozenset({"name", "identity", "key_digest", "actor"}),
+    "certificate_issued": frozenset({"name", "serial", "not_after", "key_digest", "actor"}),
+    "certificates_superseded": frozenset({"name", "serials", "actor"}),
+    "hospital_revoked": frozenset({"name", "actor"}),
+    "server_certificate": frozenset({"serial", "actor"}),
+    "study_submitted": frozenset({"study", "study_digest", "offer", "hospitals", "actor"}),
+    "offer_answered": frozenset({"study", "study_digest", "offer", "name", "decision", "actor"}),
+    "study_state": frozenset({"study", "study_digest", "state", "reason", "hospitals", "actor"}),
+    "token_created": frozenset({"name", "role", "actor"}),
+    "token_revoked": frozenset({"name", "actor"}),
 }
 _LONGEST_TEXT = 400
 
