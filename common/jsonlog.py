@@ -36,13 +36,13 @@ class JsonLog:
         self._logger = logging.Logger(str(path), logging.INFO)
         self._logger.addHandler(self._handler)
 
-    def event(self, event: str, *, level: int = logging.INFO, **facts: Plain) -> None:
+    def event(self, event: str, **facts: Plain) -> None:
         """Write one line; texts are cut at 500 characters."""
-        self._logger.log(level, event, extra={"facts": facts})
+        self._logger.info("%s", event, extra={"facts": facts})
 
     def warning(self, event: str, **facts: Plain) -> None:
         """The same, as something that somebody should look at."""
-        self.event(event, level=logging.WARNING, **facts)
+        self._logger.warning("%s", event, extra={"facts": facts})
 
     def take_in(self, logger: logging.Logger) -> None:
         """Let what ``logger`` writes end up here too."""
