@@ -1,4 +1,4 @@
-"""A study's states: offered, answered, begun, tried again, ended; and a coordinator that crashes."""
+"""A study's states: offered, answered, begun, tried again, ended; coordinators that crash."""
 
 from __future__ import annotations
 
