@@ -25,7 +25,7 @@ from common.wire import (
     TrainTask,
 )
 
-OpenHospital = Callable[[Context], AbstractContextManager[Hospital]]
+OpenHospital = Callable[[Context, str], AbstractContextManager[Hospital]]
 
 _logger = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ _REFUSED, _FAILED = 1, 2
 def build_client_app(hospital_of: OpenHospital, *, debug: bool = False) -> ClientApp:
     """A ClientApp whose hospital comes from ``hospital_of``: a folder, or memory in simulation.
 
+    It is given the message's context and the digest of the study that the message is about.
     ``debug`` lets errors through as they are; only a simulation may, since they can tell of rows.
     """
     app = ClientApp()
@@ -42,13 +43,13 @@ def build_client_app(hospital_of: OpenHospital, *, debug: bool = False) -> Clien
     def serve(kind: type[Any], act: Callable[[Hospital, Any], Any]) -> Callable[..., Message]:
         def handle(message: Message, context: Context) -> Message:
             try:
-                with hospital_of(context) as hospital:
-                    reply = act(hospital, unpack(kind, message.content))
+                task = unpack(kind, message.content)
+                with hospital_of(context, task.study_digest) as hospital:
+                    reply = act(hospital, task)
             except Exception as error:
                 if debug:
                     raise
-                # In full here, at the hospital; the coordinator learns no number and no name.
-                _logger.warning("node %d: %s", context.node_id, error)
+                _logger.warning("%s: %s", message.metadata.message_type, _logged(error))
                 return Message(_told(error), reply_to=message)
             return Message(pack(reply), reply_to=message)
 
@@ -80,6 +81,14 @@ def _aggregator(hospital: Hospital) -> Aggregator:
     return hospital.aggregator
 
 
+def _logged(error: Exception) -> str:
+    """What this hospital's own log may hold: refusals in full, of other errors only their class.
+
+    A refusal speaks of rules and limits; what else went wrong may quote a cell.
+    """
+    return str(error) if isinstance(error, RefusalError) else type(error).__name__
+
+
 def _told(error: Exception) -> Error:
     """What the coordinator may know of a failure: the rule that refused, or that there was one.
 
@@ -90,18 +99,16 @@ def _told(error: Exception) -> Error:
     return Error(code=_FAILED, reason=f"failed ({type(error).__name__}); see the hospital's log")
 
 
-def _hospital_from_context(context: Context) -> AbstractContextManager[Hospital]:
+def _hospital_from_context(context: Context, digest: str) -> AbstractContextManager[Hospital]:
     """The hospital in this node's own folder.
 
     ``hospital-folder`` in the node's configuration names it. In Flower's simulation, nodes are
     numbered: ``partition-id`` picks one of ``hospitals/*`` below the run's ``folder``, in order of
     name.
     """
-    seed = int(context.run_config.get("noise-seed", -1))
-    noise_seed = seed if seed >= 0 else None
     own = context.node_config.get("hospital-folder")
     if own:
-        return open_hospital(Path(str(own)), noise_seed=None)
+        return open_hospital(Path(str(own)), digest)
     root = Path(str(context.run_config.get("folder", ""))) / "hospitals"
     folders = sorted(path.parent for path in root.glob("*/hospital.toml"))
     number = int(context.node_config.get("partition-id", -1))
@@ -110,7 +117,7 @@ def _hospital_from_context(context: Context) -> AbstractContextManager[Hospital]
             f"node {number}: expected one of {len(folders)} hospital folders below {root}; "
             f"make them with `consilium split`"
         )
-    return open_hospital(folders[number], noise_seed=noise_seed)
+    return open_hospital(folders[number], digest)
 
 
 app = build_client_app(_hospital_from_context)

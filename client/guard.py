@@ -115,7 +115,7 @@ class MemoryGuard:
             ]
             refuse_beyond_study(spent, asked)
             self._charged[key] = asked.events
-        return compute(self.noise.stream(asked.stage, asked.round, key[2]))
+        return compute(noise_stream(self.noise, asked, key[2]))
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class LedgerGuard:
                 },
             )
             raise
-        value = compute(self.noise.stream(asked.stage, asked.round, request, attempt))
+        value = compute(noise_stream(self.noise, asked, request, attempt))
         ledger.record_release(reservation, _bytes(value))
         ledger.commit(reservation)
         return value
@@ -229,6 +229,18 @@ class LedgerGuard:
             and (entry.stage == "evaluate") == (asked.pool == "test")
             for event in entry.declared
         ]
+
+
+def noise_stream(noise: NoiseSource, asked: Release, request: str, attempt: int = 0) -> Stream:
+    """The noise of one release.
+
+    Secret noise is bound to all that the release depends on: ``request`` digests its very rows, so
+    that no two answers ever share noise. Test noise protects nobody and is bound to the public
+    request alone, so that a simulation and a deployment of the same study draw alike.
+    """
+    if noise.is_secret:
+        return noise.stream(asked.stage, asked.round, request, attempt)
+    return noise.stream(asked.stage, asked.round, asked.request)
 
 
 def refuse_beyond_study(spent: Sequence[GaussianEvent], asked: Release) -> None:

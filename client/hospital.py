@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 
+from client.approvals import approved_study, laid_out_study
 from client.guard import Guard, LedgerGuard, MemoryGuard
+from client.hospitalfile import PAUSED, load_hospital_file
 from client.safe import Safe, open_safe
 from common.errors import DataError, RefusalError
 from common.features import FeatureMap
@@ -25,9 +25,7 @@ from common.learning.records import Records
 from common.privacy.units import PrivacyUnit
 from common.randomness import NoiseSource, SecretNoise, SeededNoise
 from common.secagg import AggregationPolicy
-from common.sources import SourceSpec
-from common.strict import Strict, parse_strict
-from common.study import EvaluationSpec, Study, load_study
+from common.study import EvaluationSpec, Study
 from common.tables import Table, read_table
 
 if TYPE_CHECKING:
@@ -71,44 +69,18 @@ def records_of(table: Table, features: FeatureMap, unit: PrivacyUnit) -> Records
     )
 
 
-class HospitalFile(Strict):
-    """``hospital.toml``: which data, under which name, with which public size.
-
-    ``safe``: the folder made by `consilium hospital init`, with keys, policy, ledger and log. Left
-    out, the hospital is a simulated one: its noise key lies beside this file, nothing it spends is
-    remembered, and the privacy statement says that nothing is guaranteed.
-    ``peers``: the other hospitals' names and files of their public keys, for secure sums; compare
-    the fingerprints by telephone.
-    """
-
-    name: str = Field(min_length=1)
-    study: str = Field(min_length=1)
-    declared_patients: int = Field(ge=1)
-    source: SourceSpec
-    safe: str = ""
-    peers: dict[str, str] = {}
-
-
 @contextmanager
-def open_hospital(folder: Path, *, noise_seed: int | None = None) -> Iterator[Hospital]:
-    """The hospital described by ``folder/hospital.toml``, its safe open as long as it is used.
+def open_hospital(folder: Path, digest: str) -> Iterator[Hospital]:
+    """The hospital of ``folder/hospital.toml`` in the study of this digest, as long as it is used.
 
-    ``noise_seed`` replaces the secret noise by test noise, which protects nobody; a hospital with a
-    safe refuses it.
+    With a safe it takes part in what its operator approved, and in nothing while it is paused.
+    Raises RefusalError otherwise, before any record is read.
     """
-    path = folder / "hospital.toml"
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; a hospital's folder needs one") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not valid TOML: {error}") from None
-    settings = parse_strict(HospitalFile, tree, origin=str(path))
-    study = load_study(folder / settings.study)
-    table = read_table(settings.source, study.dictionary, folder)
-    train, test = split_patients(table, study.evaluation, seed=study.seed, name=settings.name)
+    settings = load_hospital_file(folder)
 
-    def with_guard(guard: Guard, aggregator: Aggregator | None = None) -> Hospital:
+    def with_guard(study: Study, guard: Guard, aggregator: Aggregator | None = None) -> Hospital:
+        table = read_table(settings.source_of(study), study.dictionary, folder)
+        train, test = split_patients(table, study.evaluation, seed=study.seed, name=settings.name)
         return Hospital(
             name=settings.name,
             study=study,
@@ -119,34 +91,33 @@ def open_hospital(folder: Path, *, noise_seed: int | None = None) -> Iterator[Ho
             aggregator=aggregator,
         )
 
+    seed = settings.test_noise_seed
+    test_noise = None if seed is None else SeededNoise(seed, settings.name)
     if not settings.safe:
-        noise: NoiseSource = (
-            SecretNoise(_key(folder / "noise.key"))
-            if noise_seed is None
-            else SeededNoise(noise_seed, settings.name)
-        )
-        yield with_guard(MemoryGuard(noise, is_lasting=False))
+        noise: NoiseSource = test_noise or SecretNoise(_key(folder / "noise.key"))
+        study = laid_out_study(folder, digest)
+        yield with_guard(study, MemoryGuard(noise, is_lasting=False))
         return
-    if noise_seed is not None:
+    if (folder / PAUSED).exists():
         raise RefusalError(
-            f"{settings.name} refuses test noise: it has a safe, so its patients are real; "
-            f"leave noise-seed out"
+            f"{settings.name} is paused; `consilium hospital resume` ends that",
+            rule="hospital.paused",
         )
     with open_safe(folder / settings.safe) as safe:
-        yield with_guard(LedgerGuard(safe, safe.noise()), _aggregator(settings, folder, safe))
+        study, pinned = approved_study(folder, digest, safe.identity, safe.log)
+        guard = LedgerGuard(safe, test_noise or safe.noise())
+        yield with_guard(study, guard, _aggregator(settings.name, safe, pinned))
 
 
-def _aggregator(settings: HospitalFile, folder: Path, safe: Safe) -> Aggregator | None:
-    """This hospital's part in secure sums with the peers it has pinned; None without any."""
+def _aggregator(name: str, safe: Safe, pinned: Mapping[str, PublicIdentity]) -> Aggregator | None:
+    """This hospital's part in secure sums with those whose keys it pinned; None without any."""
     from client.aggregation import Aggregator  # noqa: PLC0415  (it builds on this module)
 
-    if not settings.peers:
+    if not pinned.keys() - {name}:
         return None
-    pinned = {name: PublicIdentity.load(folder / path) for name, path in settings.peers.items()}
-    pinned[settings.name] = safe.identity.public
     return Aggregator(
         identity=safe.identity,
-        pinned=pinned,
+        pinned={**pinned, name: safe.identity.public},
         policy=AggregationPolicy(minimum_hospitals=safe.policy().release.fewest_peers + 1),
         attempts=safe.attempts(),
         sessions=safe.sessions(),

@@ -9,7 +9,7 @@ A record is acknowledged only once it is on disk, newline included. A last line 
 was therefore never acknowledged: opening the log for writing removes it and says so in a record.
 
 The log holds hashes, counts and names of studies, never patient data: each kind admits only the
-facts listed in ``FACTS``, and texts are short.
+facts listed in ``FACTS``, and texts are short. The coordinator keeps one of its own.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ CLOCK_SLACK = timedelta(seconds=5)
 
 _LEDGER = frozenset({"ledger", "ledger_seq", "ledger_head", "entry"})
 _ROUND = frozenset({"study", "study_digest", "stage", "round", "attempt", "request_digest"})
+_ANSWER = frozenset({"study", "study_digest", "offer", "answer", "coordinator", "peers"})
 FACTS: Mapping[str, frozenset[str]] = {
     "opened": frozenset({"hospital", "nonce"}),
     "study_seen": _ROUND | {"coordinator"},
@@ -50,8 +51,23 @@ FACTS: Mapping[str, frozenset[str]] = {
     "policy_changed": frozenset({"policy_digest", "previous_digest"}),
     "consent_applied": frozenset({"withdrawn", "list_digest", "patients", "study", "round"}),
     "key_used": frozenset({"purpose", "fingerprint"}),
+    "study_approved": _ANSWER,
+    "study_refused": _ANSWER | {"reason"},
     "checkpoint": frozenset({"checkpoint_seq", "checkpoint_head", "coordinator"}),
     "tail_repaired": frozenset({"removed_bytes", "removed_digest"}),
+} | {
+    # The coordinator's. ``actor``: the name of the token, the hospital, or the service itself.
+    "code_issued": frozenset({"name", "expires_at", "actor"}),
+    "hospital_joined": frozenset({"name", "identity", "key_digest", "actor"}),
+    "certificate_issued": frozenset({"name", "serial", "not_after", "key_digest", "actor"}),
+    "certificates_superseded": frozenset({"name", "serials", "actor"}),
+    "hospital_revoked": frozenset({"name", "actor"}),
+    "server_certificate": frozenset({"serial", "actor"}),
+    "study_submitted": frozenset({"study", "study_digest", "offer", "hospitals", "actor"}),
+    "offer_answered": frozenset({"study", "study_digest", "offer", "name", "decision", "actor"}),
+    "study_state": frozenset({"study", "study_digest", "state", "reason", "hospitals", "actor"}),
+    "token_created": frozenset({"name", "role", "actor"}),
+    "token_revoked": frozenset({"name", "actor"}),
 }
 _LONGEST_TEXT = 400
 
@@ -93,6 +109,7 @@ class AuditLog:
         self._size = 0
         self._last: Record | None = None
         self._latest: dict[str, Record] = {}
+        self._latest_on: dict[tuple[str, str], Record] = {}
         self.log_id = ""
         with self.exclusive():
             pass
@@ -107,6 +124,11 @@ class AuditLog:
     def latest(self, kind: str) -> Record | None:
         """The newest record of ``kind`` this process has seen."""
         return self._latest.get(kind)
+
+    def latest_on(self, study_digest: str, kinds: Sequence[str]) -> Record | None:
+        """The newest record of one of ``kinds`` on a study that this process has seen."""
+        found = [self._latest_on.get((kind, study_digest)) for kind in kinds]
+        return max((one for one in found if one), key=lambda one: one.seq, default=None)
 
     def append(self, kind: str, facts: Mapping[str, Fact]) -> Record:
         """Add one record; it is on disk when this returns. Raises AuditError otherwise."""
@@ -164,8 +186,7 @@ class AuditLog:
         for record, signature in _parse(self.path, lines, self._last, None):
             signed = signature
             self._last = record
-            self._latest[record.kind] = record
-            self.log_id = self.log_id or record.head
+            self._remember(record)
         if signed is not None and self._last is not None:
             _check_signature(self.path, self._last.seq, signed, self._identity.public)
         self._size += len(lines)
@@ -204,9 +225,13 @@ class AuditLog:
         self._size += len(lines)
         self._last = last
         for record in written:
-            self._latest[record.kind] = record
-            self.log_id = self.log_id or record.head
+            self._remember(record)
         return written
+
+    def _remember(self, record: Record) -> None:
+        self._latest[record.kind] = record
+        self._latest_on[record.kind, str(record.facts.get("study_digest", ""))] = record
+        self.log_id = self.log_id or record.head
 
     def _line(
         self, kind: str, facts: Mapping[str, Fact], last: Record | None

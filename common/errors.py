@@ -13,6 +13,7 @@
     ├── SecretError           a key or secret file cannot be opened, or anyone could read it
     ├── SignatureError        a signature is not by the expected key over these bytes
     ├── SecAggError           a secure aggregation cannot be completed, or its terms are unsound
+    ├── LinkError             the other side cannot be reached, or is not who it should be
     ├── MessageError          a message from the other side is malformed or out of place
     └── RunError              a run folder cannot be created, read or resumed
 
@@ -81,6 +82,10 @@ class SecAggError(ConsiliumError):
 
 class MessageError(ConsiliumError):
     """A message between coordinator and hospital is malformed or out of place."""
+
+
+class LinkError(ConsiliumError):
+    """Coordinator and hospital cannot speak: no connection, certificate or common time."""
 
 
 class RunError(ConsiliumError):

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from common.errors import MessageError
 from common.wire import from_parts, to_parts
 
 Message = TypeVar("Message")
 
+_TENSORS = "tensors"
+
 
 def pack(message: Any) -> RecordDict:
-    """A wire message as Flower records: one of plain values, one of arrays."""
+    """A wire message as Flower records: one of plain values, one of all arrays together.
+
+    Flower fetches every array of a record by requests of its own; one block of safetensors makes
+    a model of thirty tensors cost a hospital five requests instead of seventy.
+    """
     values, arrays = to_parts(message)
-    return RecordDict(
-        {
-            "values": ConfigRecord(dict(values)),
-            "arrays": ArrayRecord({name: Array(array) for name, array in arrays.items()}),
-        }
-    )
+    block = {_TENSORS: Array(np.frombuffer(save(arrays), np.uint8))} if arrays else {}
+    return RecordDict({"values": ConfigRecord(dict(values)), "arrays": ArrayRecord(block)})
 
 
 def unpack(kind: type[Message], content: RecordDict) -> Message:
@@ -28,4 +33,10 @@ def unpack(kind: type[Message], content: RecordDict) -> Message:
     values, arrays = content.get("values"), content.get("arrays")
     if not isinstance(values, ConfigRecord) or not isinstance(arrays, ArrayRecord):
         raise MessageError(f"{kind.__name__}: expected records 'values' and 'arrays'")
-    return from_parts(kind, dict(values), {name: array.numpy() for name, array in arrays.items()})
+    if not arrays.keys() <= {_TENSORS}:
+        raise MessageError(f"{kind.__name__}: expected arrays in one block {_TENSORS!r}")
+    try:
+        found = load(arrays[_TENSORS].numpy().tobytes()) if arrays else {}
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise MessageError(f"{kind.__name__}: arrays cannot be read ({error})") from None
+    return from_parts(kind, dict(values), found)

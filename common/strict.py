@@ -50,7 +50,7 @@ def _one_line(model: type[Strict], error: ValidationError) -> str:
             f"{nearest(str(found), choices)}"
         )
     if kind == "missing":
-        return f"{key}: missing; every study needs it"
+        return f"{key}: missing, and it has no default"
     if kind == "value_error":
         return f"{key + ': ' if key else ''}{context['error']}"
     message = first["msg"].replace("Input should be", "expected")

@@ -110,6 +110,21 @@ class Conductor:
                 f"the run stopped after its last finished round and can be resumed"
             )
 
+    def welcome(self, facts: dict[str, Any]) -> None:
+        """Let hospitals that came, or came back, take part from the next round on."""
+        digest = self.study.digest()
+        for one in self.link.greet(Hello(study_digest=digest)):
+            if one.study_digest == digest and one.declared_patients > 0:
+                self.members[one.hospital] = one
+        self.note_members(facts)
+
+    def note_members(self, facts: dict[str, Any]) -> None:
+        """Who took part so far, before an interruption as well, and whether all noise is secret."""
+        facts["hospitals"] = sorted({*self.members, *facts.get("hospitals", ())})
+        facts["secret_noise"] = facts.get("secret_noise", True) and all(
+            one.secret_noise for one in self.members.values()
+        )
+
     def weight(self, hospital: str) -> float:
         """The public weight of a hospital."""
         declared = self.study.federation.weighting == "declared"
@@ -161,14 +176,11 @@ def conduct(
     teacher, student = build_teacher(study, features), build_student(study, features)
     facts: dict[str, Any] = dict(done.facts) if done else {}
     facts.pop("tail_count", None)
-    # Who took part before an interruption still did.
     facts |= {
         "teacher_parameters": count_parameters(teacher),
         "student_parameters": count_parameters(student),
-        "hospitals": sorted({*members, *facts.get("hospitals", ())}),
-        "secret_noise": all(one.secret_noise for one in members.values())
-        and facts.get("secret_noise", True),
     }
+    desk.note_members(facts)
     if done is None or done.stage == "statistics":
         loss = pretrain(study, teacher, features, public)
         facts["pretrain_loss"] = loss
@@ -228,6 +240,7 @@ def _charged_stage(
     state = _rule_state(done) if done else rules.start(get_vector(model))
     first, began = done.round if done else 0, time.monotonic()
     for number in range(first, charge.rounds):
+        desk.welcome(facts)
         set_vector(model, state.weights)
         task = TrainTask(
             study_digest=desk.study.digest(),
@@ -295,7 +308,7 @@ def _update(desk: Conductor, task: TrainTask, weights: Tensor) -> tuple[Tensor, 
 def _members(study: Study, link: Link) -> dict[str, HelloReply]:
     """The hospitals that hold this study, by name."""
     digest = study.digest()
-    replies = list(link.ask("hello", Hello(study_digest=digest), HelloReply))
+    replies = list(link.greet(Hello(study_digest=digest)))
     members = {
         one.hospital: one
         for one in replies

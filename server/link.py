@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
+from common.wire import Hello, HelloReply
+
 Reply = TypeVar("Reply")
 
 
 class Link(Protocol):
     """The coordinator's only way to the hospitals; Flower's grid behind it, or a test's."""
+
+    def greet(self, task: Hello) -> Iterator[HelloReply]:
+        """Hello to every hospital that is there and was not greeted yet; their replies."""
+        ...
 
     def ask(self, action: str, task: Any, kind: type[Reply]) -> Iterator[Reply]:
         """Send ``task`` to every hospital; their replies, as they come. Failures are left out."""

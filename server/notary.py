@@ -54,6 +54,13 @@ def countersign(
     the hospital's.
     """
     identity = Identity.load(folder / "identity", key=WrappingKey.of_folder(folder, environ))
+    return countersigned(folder, checkpoint, hospital, identity)
+
+
+def countersigned(
+    folder: Path, checkpoint: Checkpoint, hospital: PublicIdentity, identity: Identity
+) -> Checkpoint:
+    """The same with the coordinator's ``identity`` already open."""
     kept = folder / "checkpoints" / f"{hospital.fingerprint.replace(':', '')}.json"
     previous = Checkpoint.load(kept) if kept.exists() else None
     signed = sign_checkpoint(checkpoint, coordinator=identity, hospital=hospital, previous=previous)

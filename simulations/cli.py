@@ -178,13 +178,14 @@ def split(
     to: Annotated[Path, typer.Option(help="The folder to make.")],
     data: DataOption = Path(),
     seed: SeedOption = None,
+    noise_seed: NoiseSeedOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Lay a study's hospitals out as folders, for `flwr run` or real daemons."""
     from simulations.hospitals import build_world, declared, write_world
 
     world = build_world(_load(study, seed), data)
-    write_world(world, to)
+    write_world(world, to, noise_seed=noise_seed)
     _emit(
         as_json,
         {"folder": str(to), "hospitals": {s.name: declared(s.table) for s in world.sites}},

@@ -16,6 +16,7 @@ import tomli_w
 from numpy.typing import NDArray
 
 from client.aggregation import Aggregator
+from client.approvals import study_folder
 from client.guard import MemoryGuard
 from client.hospital import Hospital, split_patients
 from common.dictionary import Column
@@ -139,11 +140,12 @@ def seeded_noise(seed: int, names: list[str]) -> dict[str, NoiseSource]:
     return {name: SeededNoise(seed, name) for name in names}
 
 
-def write_world(world: World, folder: Path) -> None:
+def write_world(world: World, folder: Path, *, noise_seed: int | None = None) -> None:
     """Lay the world out as real hospitals' folders, for ``flwr run`` and deployments.
 
     ``folder/study.toml``, ``folder/public/`` for the coordinator, and for each hospital
-    ``folder/hospitals/NAME/`` with ``hospital.toml`` and its data.
+    ``folder/hospitals/NAME/`` with ``hospital.toml``, its data and the study.
+    ``noise_seed``: every hospital draws repeatable test noise, which protects nobody.
     """
     study, path = world.study, folder / "study.toml"
     if folder.exists() and any(folder.iterdir()):
@@ -163,17 +165,17 @@ def write_world(world: World, folder: Path) -> None:
         home = folder / "hospitals" / site.name
         source = _write_table(site.table, home)
         train, _ = split_patients(site.table, study.evaluation, seed=study.seed, name=site.name)
-        (home / "hospital.toml").write_text(
-            tomli_w.dumps(
-                {
-                    "name": site.name,
-                    "study": "../../study.toml",
-                    "declared_patients": declared(train),
-                    "source": source,
-                }
-            ),
-            encoding="utf-8",
-        )
+        settings: dict[str, Any] = {
+            "name": site.name,
+            "declared_patients": declared(train),
+            "source": source,
+        }
+        if noise_seed is not None:
+            settings["test_noise_seed"] = noise_seed
+        (home / "hospital.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
+        place = study_folder(home, binding.digest())
+        place.path.mkdir(parents=True)
+        place.study.write_text(binding.to_toml(), encoding="utf-8")
 
 
 def _set_apart(

@@ -36,7 +36,7 @@ def run_in_process(
 ) -> None:
     """Conduct ``study`` over ``hospitals`` through the same two apps a deployment runs."""
     client_app = build_client_app(
-        lambda context: nullcontext(hospitals[context.node_id - 1]), debug=debug
+        lambda context, _: nullcontext(hospitals[context.node_id - 1]), debug=debug
     )
     server_app = build_server_app(lambda _: Job(study, run, corpus, watch))
 

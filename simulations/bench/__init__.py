@@ -8,6 +8,7 @@ from typing import Any
 
 from simulations.bench.accuracy import accuracy
 from simulations.bench.distributed import distributed
+from simulations.bench.load import load
 from simulations.bench.pretraining import pretraining
 from simulations.bench.privacy import privacy
 from simulations.bench.secagg import secagg
@@ -15,6 +16,7 @@ from simulations.bench.secagg import secagg
 BENCHES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "accuracy": accuracy,
     "distributed": distributed,
+    "load": load,
     "pretraining": pretraining,
     "privacy": privacy,
     "secagg": secagg,

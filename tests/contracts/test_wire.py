@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from safetensors.numpy import save
 
 from client import rounds
 from client.hospital import Hospital
@@ -235,14 +236,18 @@ def test_records_of_another_form_are_refused() -> None:
     for content in (RecordDict(), RecordDict({"values": ArrayRecord(), "arrays": ConfigRecord()})):
         with pytest.raises(MessageError, match="expected records 'values' and 'arrays'"):
             unpack(Hello, content)
-    strange = RecordDict(
-        {
-            "values": ConfigRecord({"study_digest": "x"}),
-            "arrays": ArrayRecord({"more": Array(np.ones(2, np.float32))}),
-        }
-    )
-    with pytest.raises(MessageError, match="unknown field 'more'"):
-        unpack(Hello, strange)
+    block = Array(np.frombuffer(save({"more": np.ones(2, np.float32)}), np.uint8))
+    broken = Array(np.frombuffer(b"not safetensors", np.uint8))
+    for arrays, says in (
+        ({"more": Array(np.ones(2, np.float32))}, "expected arrays in one block"),
+        ({"tensors": broken}, "cannot be read"),
+        ({"tensors": block}, "unknown field 'more'"),
+    ):
+        strange = RecordDict(
+            {"values": ConfigRecord({"study_digest": "x"}), "arrays": ArrayRecord(arrays)}
+        )
+        with pytest.raises(MessageError, match=says):
+            unpack(Hello, strange)
 
 
 def test_an_unpacked_array_belongs_to_its_receiver() -> None:

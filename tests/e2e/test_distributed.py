@@ -345,7 +345,7 @@ def test_a_dead_hospital_does_not_stop_a_study(study: Study, tmp_path: Path) -> 
     world, hospitals = opened(study)
     from contextlib import nullcontext
 
-    app = build_client_app(lambda context: nullcontext(hospitals[context.node_id - 1]))
+    app = build_client_app(lambda context, _: nullcontext(hospitals[context.node_id - 1]))
 
     def handle(message: Message) -> Message:
         node = message.metadata.dst_node_id

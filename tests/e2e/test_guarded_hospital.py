@@ -14,9 +14,10 @@ from client.app import build_client_app
 from client.attempts import DurableAttempts
 from client.hospital import open_hospital
 from client.policyfile import sign_policy
-from client.safe import create_safe, open_safe
+from client.safe import SafeFolder, create_safe, open_safe
 from common.auditlog import verify_log
 from common.errors import RefusalError
+from common.identity import Identity
 from common.privacy.budget import budget_of
 from common.study import Study, load_study
 from server.app import Job, build_server_app, read_corpus
@@ -24,6 +25,7 @@ from server.store import RunFolder
 from simulations.cli import main
 from simulations.grid import InProcessGrid, one_by_one
 from simulations.hospitals import build_world, write_world
+from tests.offers import approve_by_hand
 
 
 def make_split(wisconsin: Study, folder: Path, hospitals: int, **changes: object) -> Path:
@@ -56,7 +58,17 @@ def make_split(wisconsin: Study, folder: Path, hospitals: int, **changes: object
             sign_policy(safe.folder.policy, safe.identity, safe.log)
         settings = tomllib.loads((home / "hospital.toml").read_text())
         (home / "hospital.toml").write_text(tomli_w.dumps(settings | {"safe": "safe"}))
+    approve_everywhere(folder)
     return folder
+
+
+def approve_everywhere(folder: Path) -> None:
+    """Every operator approves the study as the coordinator offers it."""
+    study = load_study(folder / "study.toml")
+    homes = sorted((folder / "hospitals").iterdir())
+    keys = {home.name: SafeFolder(home / "safe").public().text() for home in homes}
+    for home in homes:
+        approve_by_hand(home, study, home / "safe", keys)
 
 
 @pytest.fixture
@@ -67,7 +79,7 @@ def split(wisconsin: Study, tmp_path: Path) -> Path:
 @pytest.fixture
 def enrolled(wisconsin: Study, tmp_path: Path) -> Path:
     """Five hospitals that have pinned one another's keys."""
-    folder = make_split(
+    return make_split(
         wisconsin,
         tmp_path / "enrolled",
         5,
@@ -78,18 +90,14 @@ def enrolled(wisconsin: Study, tmp_path: Path) -> Path:
         finetune__local_steps=1,
         finetune__optimiser={"kind": "sgd", "learning_rate": 0.5},
     )
-    names = [home.name for home in sorted((folder / "hospitals").iterdir())]
-    for name in names:
-        path = folder / "hospitals" / name / "hospital.toml"
-        peers = {one: f"../{one}/safe/identity.pub" for one in names if one != name}
-        path.write_text(tomli_w.dumps(tomllib.loads(path.read_text()) | {"peers": peers}))
-    return folder
 
 
 def run_study(folder: Path, run: Path) -> RunFolder:
     homes = sorted((folder / "hospitals").iterdir())
     study = load_study(folder / "study.toml")
-    app = build_client_app(lambda context: open_hospital(homes[context.node_id - 1]))
+    app = build_client_app(
+        lambda context, digest: open_hospital(homes[context.node_id - 1], digest)
+    )
 
     def handle(message: Message) -> Message:
         node = message.metadata.dst_node_id
@@ -119,7 +127,7 @@ def test_a_study_is_charged_logged_and_guaranteed(
     ]
     events = budget_of(study).charge("finetune").events(1)
     assert all(one.declared == events for one in entries[:3])
-    with open_hospital(home) as hospital:
+    with open_hospital(home, study.digest()) as hospital:
         for patient in hospital.train.patients[:20]:
             assert str(patient).encode() not in log
     monkeypatch.setattr(
@@ -170,11 +178,13 @@ def test_secure_sums_over_processes_that_forget(enrolled: Path, tmp_path: Path) 
 def test_a_hospital_whose_peers_were_swapped_takes_no_part(enrolled: Path, tmp_path: Path) -> None:
     """It pinned another key for a peer than the coordinator now presents."""
     home = enrolled / "hospitals" / "hospital-1"
-    path = home / "hospital.toml"
-    settings = tomllib.loads(path.read_text())
-    create_safe(tmp_path / "stranger", {})
-    settings["peers"]["hospital-2"] = str(tmp_path / "stranger" / "identity.pub")
-    path.write_text(tomli_w.dumps(settings))
+    study = load_study(enrolled / "study.toml")
+    keys = {
+        one.name: SafeFolder(one / "safe").public().text()
+        for one in (enrolled / "hospitals").iterdir()
+    }
+    keys["hospital-2"] = Identity.generate().public.text()
+    approve_by_hand(home, study, home / "safe", keys, new_keys=["hospital-2"])
     results = run_study(enrolled, tmp_path / "run")
     assert {one["hospitals"] for one in results.metrics() if one["stage"] == "finetune"} == {4}
     with open_safe(home / "safe", {}) as safe:

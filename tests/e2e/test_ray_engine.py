@@ -91,7 +91,7 @@ def flwr_run(home: Path, folder: Path, run: Path) -> str:
                 BIN / "flwr",
                 *("run", ROOT, "test", "--stream"),
                 *("--federation-config", f"num-supernodes={HOSPITALS}"),
-                *("--run-config", f'folder="{folder}" run-folder="{run}" noise-seed={SEED}'),
+                *("--run-config", f'folder="{folder}" run-folder="{run}"'),
             ],
             env=_environment(home),
             capture_output=True,
@@ -109,7 +109,7 @@ def in_process(folder: Path, run: Path) -> None:
         run_in_process(
             study,
             RunFolder.create(run, study),
-            [stack.enter_context(open_hospital(home, noise_seed=SEED)) for home in homes],
+            [stack.enter_context(open_hospital(home, study.digest())) for home in homes],
             read_corpus(study, folder / "public"),
             lambda _: None,
             debug=True,
@@ -128,7 +128,7 @@ def test_flower_engine_and_in_process_runs_are_equal(wisconsin: Study, tmp_path:
         federation__minimum_hospitals=HOSPITALS,
     )
     folder, theirs, ours = tmp_path / "split", tmp_path / "theirs", tmp_path / "ours"
-    write_world(build_world(study, Path()), folder)
+    write_world(build_world(study, Path()), folder, noise_seed=SEED)
     home = tmp_path / "flwr"
     home.mkdir()
     log = flwr_run(home, folder, theirs)

@@ -22,7 +22,7 @@ from common.features import FeatureMap, range_scaling
 from common.models import build_student, build_teacher, count_parameters
 from common.study import Study, load_study
 from common.wire import TrainReply, TrainTask
-from server import app as server_app
+from server import flower_link
 from server.conduct import Progress
 from server.store import Checkpoint, RunFolder
 from simulations.evaluation import finished_models, round_curve, score, together
@@ -261,7 +261,7 @@ def test_too_few_answers_stop_a_run_that_can_be_resumed(
 def test_too_few_hospitals_are_an_error_at_the_start(
     wisconsin: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_app, "_HELLO_WAIT_S", 0.1)
+    monkeypatch.setattr(flower_link, "_ASSEMBLY_S", 0.1)
     study = wisconsin.revised(federation__minimum_hospitals=5)
     with pytest.raises(RunError, match="at least 5 hospitals.*found 4"):
         simulate(study, tmp_path / "run", Path(), quiet, noise_seed=1)

@@ -287,7 +287,7 @@ def test_any_changed_part_of_a_request_gives_other_noise(
     small: Study, make_hospital: MakeHospital
 ) -> None:
     """Two answers to different questions must never share noise: their difference would show."""
-    hospital, task = make_hospital(small), _train(small)
+    hospital, task = _with_key(make_hospital(small), KEY), _train(small)
     nudged = {name: tensor + 1e-6 for name, tensor in task.teacher.items()}
     pupils = {name: tensor + 1e-6 for name, tensor in task.student.items()}
     corrected = make_hospital(small).train
@@ -299,8 +299,7 @@ def test_any_changed_part_of_a_request_gives_other_noise(
         "student": (hospital, _train(small, student=pupils)),
         "scaling": (hospital, _train(small, scaling=task.scaling * (1 + 1e-6))),
         "cohort": (replace(hospital, train=corrected), task),
-        "hospital": (make_hospital(small, "south"), task),
-        "key": (make_hospital(small, noise_seed=8), task),
+        "key": (_with_key(hospital, bytes(32)), task),
     }
     reference = noise_of(hospital, task)
     # None of these changes moves the gradient by as much as a tenth of the noise.
@@ -308,6 +307,30 @@ def test_any_changed_part_of_a_request_gives_other_noise(
     for part, (asked, other) in others.items():
         difference = noise_of(asked, other) - reference
         assert float(difference.std()) > 0.5 * std, part
+
+
+def _with_key(hospital: Hospital, key: bytes) -> Hospital:
+    return replace(hospital, guard=MemoryGuard(SecretNoise(key)))
+
+
+def test_test_noise_follows_from_seed_hospital_and_public_request_alone(
+    small: Study, make_hospital: MakeHospital
+) -> None:
+    """So a simulation and a deployment draw alike; it protects nobody, and no statement says so."""
+    hospital, task = make_hospital(small), _train(small)
+    corrected = make_hospital(small).train
+    corrected.values["a"][0] += 1e-9
+    reference = noise_of(hospital, task)
+    same = noise_of(replace(hospital, train=corrected), task) - reference
+    std = 0.5 * budget_of(small).noise_multiplier / hospital.declared_patients
+    assert float(same.std()) < 1e-3 * std
+    for other, asked in (
+        (make_hospital(small, "south"), task),
+        (make_hospital(small, noise_seed=8), task),
+        (hospital, _train(small, round=1)),
+        (hospital, _train(small, attempt=1)),
+    ):
+        assert float((noise_of(other, asked) - reference).std()) > 0.5 * std
 
 
 def test_other_statistics_and_scores_get_other_noise(

@@ -26,9 +26,10 @@ from common.flower import pack
 from common.models import build_student, build_teacher
 from common.privacy.accounting import GaussianEvent
 from common.privacy.units import PrivacyUnit, Relation
-from common.randomness import SecretNoise, Stream
+from common.randomness import SecretNoise, SeededNoise, Stream
 from common.study import Study
-from common.wire import TrainTask
+from common.wire import Hello, TrainTask
+from tests.offers import approve_by_hand
 
 MakeHospital = Callable[..., Hospital]
 
@@ -184,7 +185,7 @@ def test_the_coordinator_learns_the_rule_and_no_number(
     hospital = make_hospital(small)
     for number in range(small.finetune.rounds):
         rounds.train(hospital, task_of(small, round=number))
-    app = build_client_app(lambda _: nullcontext(hospital))
+    app = build_client_app(lambda *_: nullcontext(hospital))
     metadata = Metadata(1, "m", 0, 1, "", "", 0.0, 60.0, "train")
     message = Message(content=pack(_other_model(small)), metadata=metadata)
     context = Context(1, 1, {}, RecordDict(), {})
@@ -203,28 +204,39 @@ def test_nothing_leaves_a_safe_without_a_promise(guarded: Hospital) -> None:
     assert refusal.value.rule == "release.trust"
 
 
-def test_a_hospital_with_a_safe_refuses_test_noise(folder: Path, tmp_path: Path) -> None:
-    study = tmp_path / "study.toml"
-    example = Path(__file__).parents[2] / "deploy" / "examples" / "wisconsin.toml"
-    study.write_text(example.read_text())
+@pytest.mark.parametrize("test_noise", [False, True])
+def test_only_the_hospitals_own_file_sets_test_noise(
+    folder: Path, small: Study, tmp_path: Path, test_noise: bool
+) -> None:
     home = tmp_path / "home"
     home.mkdir()
-    (home / "hospital.toml").write_text(
-        tomli_w.dumps(
-            {
-                "name": "north",
-                "study": "../study.toml",
-                "declared_patients": 400,
-                "safe": "../safe",
-                "source": {"kind": "sklearn", "path": "breast_cancer"},
-            }
-        )
-    )
-    with pytest.raises(RefusalError, match="refuses test noise"), open_hospital(home, noise_seed=1):
+    rows = [f"p{one},{one % 7 - 3},{one % 5 - 2},{one % 2}" for one in range(40)]
+    (home / "data.csv").write_text("\n".join(["who,a,b,ill", *rows]) + "\n")
+    settings = {
+        "name": "north",
+        "declared_patients": 40,
+        "safe": "../safe",
+        "source": {"kind": "csv", "path": "data.csv"},
+    }
+    if test_noise:
+        settings["test_noise_seed"] = 5
+    (home / "hospital.toml").write_text(tomli_w.dumps(settings))
+    with pytest.raises(RefusalError) as refusal, open_hospital(home, small.digest()):
         pass
-    with open_hospital(home) as hospital:
+    assert refusal.value.rule == "study.approval"
+    approve_by_hand(home, small, folder, ["north"])
+    hello = Hello(study_digest=small.digest())
+    with open_hospital(home, small.digest()) as hospital:
         assert hospital.guard.is_lasting
-        assert hospital.guard.noise.is_secret
+        assert rounds.hello(hospital, hello).secret_noise is not test_noise
+        deployed = rounds.train(hospital, task_of(small)).update
+        simulated = replace(hospital, guard=MemoryGuard(SeededNoise(5, "north")))
+        same = torch.equal(rounds.train(simulated, task_of(small)).update, deployed)
+        assert same is test_noise
+    (home / "paused").touch()
+    with pytest.raises(RefusalError) as refusal, open_hospital(home, small.digest()):
+        pass
+    assert refusal.value.rule == "hospital.paused"
 
 
 def test_a_crash_between_reserve_and_release_is_paid_and_never_exceeds_the_study(

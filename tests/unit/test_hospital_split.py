@@ -218,11 +218,12 @@ def test_hospitals_on_disk_are_those_in_memory(
     world = build_world(study, tmp_path)
     names = [site.name for site in world.sites]
     home = tmp_path / "split"
-    write_world(world, home)
-    write_world(world, home)  # again over itself
+    write_world(world, home, noise_seed=1)
+    write_world(world, home, noise_seed=1)  # again over itself
+    binding = load_study(home / "study.toml")
     for inside in open_world(world, seeded_noise(1, names)):
-        with open_hospital(home / "hospitals" / inside.name, noise_seed=1) as outside:
-            pass
+        with open_hospital(home / "hospitals" / inside.name, binding.digest()) as outside:
+            assert outside.guard.noise == inside.guard.noise
         assert rows_digest(outside.train) == rows_digest(inside.train)
         assert rows_digest(outside.test) == rows_digest(inside.test)
         assert outside.declared_patients == inside.declared_patients
@@ -234,7 +235,6 @@ def test_hospitals_on_disk_are_those_in_memory(
             torch.testing.assert_close(
                 features.encode(theirs), features.encode(ours), rtol=0, atol=0
             )
-    binding = load_study(home / "study.toml")
     corpus = read_corpus(binding, home / "public")
     assert corpus is not None
     assert world.corpus is not None
@@ -255,13 +255,17 @@ def test_a_folder_of_other_things_is_left_alone(wisconsin: Study, tmp_path: Path
 def test_a_hospital_makes_its_secret_key_once(wisconsin: Study, tmp_path: Path) -> None:
     write_world(build_world(wisconsin, Path()), tmp_path / "w")
     folder = tmp_path / "w" / "hospitals" / "hospital-1"
-    with open_hospital(folder) as hospital:
+    digest = load_study(tmp_path / "w" / "study.toml").digest()
+    with open_hospital(folder, digest) as hospital:
         assert hospital.guard.noise.is_secret
         # Nothing remembers what such a hospital spent: its statement guarantees nothing.
         assert not hospital.guard.is_lasting
     key = folder / "noise.key"
     assert len(key.read_bytes()) == 32
     assert key.stat().st_mode & 0o077 == 0
-    with open_hospital(folder) as again, open_hospital(folder.parent / "hospital-2") as other:
+    with (
+        open_hospital(folder, digest) as again,
+        open_hospital(folder.parent / "hospital-2", digest) as other,
+    ):
         assert again.guard.noise == hospital.guard.noise
         assert other.guard.noise != hospital.guard.noise

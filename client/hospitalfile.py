@@ -1,0 +1,89 @@
+"""`hospital.toml`: which data, under which name, with which public size."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from common.enrolment import HospitalName
+from common.errors import DataError
+from common.secretfiles import replace_file
+from common.sources import SourceSpec
+from common.strict import Strict, parse_strict
+from common.study import Study
+
+FILE_NAME = "hospital.toml"
+PAUSED = "paused"  # while a file of this name lies in a hospital's folder, it answers no round
+
+_TEMPLATE = """\
+# This hospital's data and public facts. Fill in and uncomment; `consilium hospital check` helps.
+
+# As in the join code, and on the coordinator's page.
+# name = "north"
+
+# What you choose to say of your size, rounded; it weighs and divides. Your true count never leaves.
+# declared_patients = 400
+
+# The folder with keys, policy, ledger and log; "." is this one.
+safe = "."
+
+# The table of records; a path is relative to this file. Columns are named by each study's
+# dictionary; `rename` and `recode` translate your file's words into the dictionary's.
+# [source]
+# kind = "csv"
+# path = "export.csv"
+# rename = { age = "age_years" }
+# recode = { sex = { "F" = 0, "M" = 1 } }
+
+# Another table for one study, by the study's name.
+# [sources.heart]
+# kind = "csv"
+# path = "heart.csv"
+"""
+
+
+class HospitalFile(Strict):
+    """``hospital.toml``.
+
+    ``source``: the table of records; ``sources``: another one for studies of these names.
+    ``safe``: the folder made by `consilium hospital init`, with keys, policy, ledger and log. Left
+    out, the hospital is a simulated one: it answers to any study laid out for it, its noise key
+    lies beside this file, nothing it spends is remembered, and the privacy statement says that
+    nothing is guaranteed.
+    ``test_noise_seed``: repeatable test noise in place of secret noise, which PROTECTS NOBODY; for
+    rehearsals on public data. Only this file can set it, and every statement will say so.
+    """
+
+    name: HospitalName
+    declared_patients: int = Field(ge=1)
+    source: SourceSpec
+    sources: dict[str, SourceSpec] = {}
+    safe: str = ""
+    test_noise_seed: Annotated[int, Field(ge=0)] | None = None
+
+    def source_of(self, study: Study) -> SourceSpec:
+        """Where the records for ``study`` are."""
+        return self.sources.get(study.name, self.source)
+
+
+def load_hospital_file(folder: Path) -> HospitalFile:
+    """The settings in ``folder``. Raises DataError or StudyError in one line."""
+    path = folder / FILE_NAME
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; a hospital's folder needs one") from None
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not valid TOML: {error}") from None
+    return parse_strict(HospitalFile, tree, origin=str(path))
+
+
+def write_template(folder: Path) -> Path:
+    """A commented file to be filled in; an existing one is left alone."""
+    path = folder / FILE_NAME
+    if not path.exists():
+        replace_file(path, _TEMPLATE.encode())
+    return path

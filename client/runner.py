@@ -1,0 +1,107 @@
+"""The hospital's task runner: each message is answered by the ClientApp installed here.
+
+It stands where Flower would start a program that runs whatever code the coordinator shipped. Each
+message gets a process of its own, forked from this one, in which everything is loaded already:
+whatever becomes of it, the next message meets a clean one, and the coordinator gets an answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+import httpx
+from flwr.clientapp import ClientApp
+
+from client.app import build_client_app
+from client.hospital import open_hospital
+from common.flower_tasks import ClientTask, Endpoint, TaskQueue
+from common.supervise import end_with_parent
+
+_logger = logging.getLogger(__name__)
+
+_POLL_S = 0.1
+_LOST = "failed (the hospital's process ended early); see the hospital's log"
+
+
+class Runner:
+    """Takes tasks one after the other until told to stop; the one in hand is finished first."""
+
+    def __init__(self, endpoint: Endpoint, secret: bytes, app: ClientApp) -> None:
+        """``endpoint``, ``secret``: of the SuperNode's Runtime interface."""
+        self._endpoint = endpoint
+        self._queue = TaskQueue(endpoint, secret, "client")
+        self._app = app
+        self._stopping = False
+        self._child = 0
+
+    def run(self) -> None:
+        """Serve until SIGTERM; a second one also ends the task in hand."""
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        while not self._stopping:
+            token = self._queue.acquire()
+            if token is None:
+                time.sleep(_POLL_S)
+                continue
+            try:
+                self._serve(ClientTask.pull(self._endpoint, token))
+            except (httpx.HTTPError, RuntimeError) as error:
+                # The SuperNode went away with its tasks; the coordinator will ask again.
+                _logger.warning("a task was lost: %s", type(error).__name__)
+
+    def _serve(self, task: ClientTask) -> None:
+        me = os.getpid()
+        self._child = os.fork()  # no thread runs here: heartbeats begin below
+        if self._child == 0:
+            _child(task, self._app, me)
+        with task.kept_alive():
+            _, status = os.waitpid(self._child, 0)
+        self._child = 0
+        if status != 0:
+            _logger.error("a task's process ended early (status %d)", status)
+            task.fail(_LOST)
+
+    def _stop(self, _number: int, _frame: FrameType | None) -> None:
+        if self._stopping and self._child:
+            os.kill(self._child, signal.SIGKILL)
+        self._stopping = True
+
+
+def _child(task: ClientTask, app: ClientApp, parent: int) -> None:
+    """Answer and end; nothing of the parent's clean-up runs here."""
+    code = 1
+    try:
+        end_with_parent(parent)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # draining: the parent decides
+        task.answer(app)
+        code = 0
+    except BaseException as error:
+        _logger.error("answering failed: %s", type(error).__name__)
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main() -> None:
+    """``python -m client.runner FOLDER HOST:PORT``, started by `consilium hospital start`."""
+    parser = argparse.ArgumentParser(prog="client.runner", description=__doc__)
+    parser.add_argument("folder", type=Path, help="the hospital's folder")
+    parser.add_argument("address", help="host:port of the SuperNode's Runtime interface")
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    run = given.folder / "run"
+    app = build_client_app(lambda _context, digest: open_hospital(given.folder, digest))
+    endpoint = Endpoint(given.address, (run / "loopback-ca.pem").read_bytes())
+    Runner(endpoint, (run / "superexec.secret").read_bytes(), app).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""The coordinator's link to hospitals over a Flower grid: in memory, or a SuperLink's."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from common.errors import MessageError, RunError
+from common.flower import pack, unpack
+from common.wire import Hello, HelloReply
+
+Reply = TypeVar("Reply")
+
+_logger = logging.getLogger(__name__)
+
+_MESSAGE_TYPES = {
+    "hello": "query.hello",
+    "statistics": "query.statistics",
+    "train": "train",
+    "evaluate": "evaluate",
+    "aggregate.begin": "train.aggregate",
+    "aggregate.step": "query.aggregate",
+}
+_POLL_S, _LONGEST_POLL_S = 0.02, 0.5
+_ASSEMBLY_S = 60.0  # how long a study waits for all its hospitals before it goes on with enough
+_GREETING_S = 60.0
+_PULLED_AT_ONCE = 4  # replies held in memory together, whatever the number of hospitals
+_RESEND_CHECK_S = 5.0
+_SLACK = timedelta(seconds=1)
+
+
+@dataclass(frozen=True)
+class Enrolled:
+    """The hospitals of a deployed study.
+
+    ``names``: of each node, as enrolled: what a hospital calls itself must agree. ``activations``:
+    of each node that is online, when its software started last; what was sent before is lost.
+    """
+
+    names: Mapping[int, str]
+    activations: Callable[[], Mapping[int, datetime]]
+
+
+@dataclass
+class _Waiting:
+    """What was sent to a node and not answered yet."""
+
+    node: int
+    content: RecordDict
+    sent_at: datetime
+    ids: set[str] = field(default_factory=set)
+
+
+class GridLink:
+    """Asks hospitals over Flower's grid and gives their replies as they come (see ``Link``).
+
+    ``enrolled``: None in a simulation, whose nodes are all there and name themselves.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        minimum_nodes: int,
+        timeout_s: float,
+        enrolled: Enrolled | None = None,
+    ) -> None:
+        """Waits for the hospitals. Raises RunError when too few come."""
+        self._grid = grid
+        self._timeout_s = timeout_s
+        self._enrolled = enrolled
+        self._node_of: dict[str, int] = {}
+        self._greeted: dict[int, datetime | None] = {}
+        self._assemble(minimum_nodes)
+
+    def greet(self, task: Hello) -> Iterator[HelloReply]:
+        """Hello to hospitals not greeted since their software started; what they say of themselves.
+
+        Cheap when nobody is new, so that it can come before every round.
+        """
+        new = {
+            node: since
+            for node, since in self._online().items()
+            if node not in self._greeted or self._greeted[node] != since
+        }
+        self._greeted |= new
+        timeout_s = min(self._timeout_s, _GREETING_S)
+        contents = dict.fromkeys(sorted(new), pack(task))
+        for node, reply in self._exchange("hello", contents, HelloReply, timeout_s):
+            self._node_of[reply.hospital] = node
+            yield reply
+
+    def ask(self, action: str, task: Any, kind: type[Reply]) -> Iterator[Reply]:
+        """Replies of every node that answers in time; failures are logged and left out."""
+        contents = dict.fromkeys(sorted(self._online()), pack(task))
+        for _, reply in self._exchange(action, contents, kind, self._timeout_s):
+            yield reply
+
+    def ask_each(self, action: str, tasks: Mapping[str, Any], kind: type[Reply]) -> Iterator[Reply]:
+        """The same, each hospital with a task of its own; it is known by the node of its Hello."""
+        contents = {self._node_of[name]: pack(task) for name, task in tasks.items()}
+        for _, reply in self._exchange(action, contents, kind, self._timeout_s):
+            yield reply
+
+    def _exchange(
+        self, action: str, contents: Mapping[int, RecordDict], kind: type[Reply], timeout_s: float
+    ) -> Iterator[tuple[int, Reply]]:
+        waiting = [_Waiting(node, content, _now()) for node, content in contents.items()]
+        self._send(action, waiting)
+        deadline, check = time.monotonic() + timeout_s, time.monotonic() + _RESEND_CHECK_S
+        pause_s = _POLL_S
+        while waiting and time.monotonic() < deadline:
+            for one, message in (arrived := self._arrived(waiting)):
+                if one in waiting:  # a message sent twice may be answered twice
+                    waiting.remove(one)
+                    reply = self._read(one.node, message, kind)
+                    if reply is not None:
+                        yield one.node, reply
+            pause_s = _POLL_S if arrived else min(pause_s * 1.5, _LONGEST_POLL_S)
+            if not arrived:
+                time.sleep(pause_s)
+            if time.monotonic() > check:
+                self._send_again(action, waiting)
+                check = time.monotonic() + _RESEND_CHECK_S
+        if waiting:
+            nodes = ", ".join(self._called(one.node) for one in waiting)
+            _logger.warning("%s: no answer in time from %s", action, nodes)
+
+    def _arrived(self, waiting: list[_Waiting]) -> list[tuple[_Waiting, Message]]:
+        """Some replies that are there; few at a time, since each may hold a whole model."""
+        owner = {one_id: one for one in waiting for one_id in one.ids}
+        ids = list(owner)
+        at_once = len(ids) if self._enrolled is None else _PULLED_AT_ONCE
+        for start in range(0, len(ids), at_once):
+            if found := list(self._grid.pull_messages(ids[start : start + at_once])):
+                return [(owner[one.metadata.reply_to_message_id], one) for one in found]
+        return []
+
+    def _send(self, action: str, waiting: list[_Waiting]) -> None:
+        messages = [
+            Message(content=one.content, dst_node_id=one.node, message_type=_MESSAGE_TYPES[action])
+            for one in waiting
+        ]
+        for one, one_id in zip(waiting, self._grid.push_messages(messages), strict=True):
+            one.sent_at = _now()
+            if one_id:  # Flower gives none for a message it did not take
+                one.ids.add(one_id)
+
+    def _send_again(self, action: str, waiting: list[_Waiting]) -> None:
+        """What a hospital's software lost by starting anew is sent again.
+
+        That is safe: a hospital answers a repeated request from its store, or refuses it.
+        """
+        if self._enrolled is None:
+            return
+        since = self._enrolled.activations()
+        lost = [
+            one for one in waiting if one.node in since and since[one.node] > one.sent_at + _SLACK
+        ]
+        if lost:
+            _logger.info("%s: sent again to %d hospitals that started anew", action, len(lost))
+            self._send(action, lost)
+
+    def _read(self, node: int, message: Message, kind: type[Reply]) -> Reply | None:
+        if message.has_error():
+            _logger.warning("%s: %s", self._called(node), message.error.reason)
+            return None
+        try:
+            reply = unpack(kind, message.content)
+        except MessageError as error:
+            _logger.warning("%s sent an unusable reply: %s", self._called(node), error)
+            return None
+        claimed = reply.hospital  # type: ignore[attr-defined]
+        if self._enrolled is not None and claimed != self._enrolled.names[node]:
+            _logger.warning("%s calls itself %r; set aside", self._called(node), claimed)
+            return None
+        return reply
+
+    def _called(self, node: int) -> str:
+        name = self._enrolled.names.get(node) if self._enrolled else None
+        return name or f"hospital at node {node}"
+
+    def _online(self) -> dict[int, datetime | None]:
+        """The study's hospitals that are there, and since when."""
+        if self._enrolled is None:
+            return dict.fromkeys(self._grid.get_node_ids())
+        since = self._enrolled.activations()
+        return {node: since[node] for node in self._enrolled.names if node in since}
+
+    def _assemble(self, minimum: int) -> None:
+        wanted = len(self._enrolled.names) if self._enrolled else minimum
+        deadline = time.monotonic() + _ASSEMBLY_S
+        while (found := len(self._online())) < wanted:
+            if time.monotonic() > deadline:
+                if found >= minimum:
+                    return
+                raise RunError(
+                    f"expected at least {minimum} hospitals to connect within "
+                    f"{_ASSEMBLY_S:.0f} s, found {found}"
+                )
+            time.sleep(_LONGEST_POLL_S if self._enrolled else _POLL_S)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

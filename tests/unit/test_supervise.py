@@ -1,0 +1,170 @@
+"""Services start in order, come back after death, stop in reverse, die with their supervisor."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from common.errors import RunError
+from common.supervise import Event, Service, Supervisor
+
+SLEEPER = "import time; time.sleep(600)"
+
+
+def service(name: str, folder: Path, code: str = SLEEPER, **options: object) -> Service:
+    return Service(
+        name=name,
+        argv=(sys.executable, "-c", code),
+        log=folder / f"{name}.log",
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def eventually(happened: Callable[[], bool], seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if happened():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def test_they_start_in_order_each_once_the_last_is_ready(tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    slow = f"import time, pathlib; time.sleep(.3); pathlib.Path({str(flag)!r}).touch(); {SLEEPER}"
+    events: list[Event] = []
+    supervisor = Supervisor(
+        [service("first", tmp_path, slow, ready=flag.exists), service("second", tmp_path)],
+        events.append,
+    )
+    supervisor.start()
+    try:
+        assert [(one.service, one.kind) for one in events] == [
+            ("first", "started"),
+            ("first", "ready"),
+            ("second", "started"),
+            ("second", "ready"),
+        ]
+    finally:
+        supervisor.stop()
+    stopped = [one.service for one in events if one.kind == "stopped"]
+    assert stopped == ["second", "first"]
+    assert all(one["pid"] is None for one in supervisor.status().values())
+
+
+def test_a_dead_service_comes_back_after_a_growing_wait(tmp_path: Path) -> None:
+    deaths: list[float] = []
+
+    def note(event: Event) -> None:
+        if event.kind == "died":
+            deaths.append(time.monotonic())
+
+    supervisor = Supervisor([service("brief", tmp_path, "pass", ready=lambda: True)], note)
+    supervisor.start()
+    try:
+
+        def three_deaths() -> bool:
+            supervisor.poll()
+            return len(deaths) >= 3
+
+        assert eventually(three_deaths)
+        assert supervisor.status()["brief"]["restarts"] == 2
+        # 0.5 s, then 1 s, and the process's own short life.
+        assert deaths[1] - deaths[0] >= 0.5
+        assert deaths[2] - deaths[1] >= 1.0
+    finally:
+        supervisor.stop()
+
+
+def test_a_killed_service_is_restarted(tmp_path: Path) -> None:
+    supervisor = Supervisor([service("one", tmp_path)])
+    supervisor.start()
+    try:
+        first = supervisor.status()["one"]["pid"]
+        assert isinstance(first, int)
+        os.kill(first, signal.SIGKILL)
+
+        def replaced() -> bool:
+            supervisor.poll()
+            return supervisor.status()["one"]["pid"] not in (None, first)
+
+        assert eventually(replaced)
+    finally:
+        supervisor.stop()
+
+
+def test_one_that_cannot_start_is_named_with_its_log(tmp_path: Path) -> None:
+    running = service("running", tmp_path)
+    broken = service("broken", tmp_path, "raise SystemExit(7)", ready=lambda: False)
+    supervisor = Supervisor([running, broken])
+    with pytest.raises(RunError, match=r"broken: expected it to start.*code 7.*broken\.log"):
+        supervisor.start()
+    assert all(one["pid"] is None for one in supervisor.status().values())
+
+
+def test_one_that_ignores_the_request_is_killed(tmp_path: Path) -> None:
+    flag = tmp_path / "flag"
+    stubborn = (
+        "import signal, pathlib; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        f"pathlib.Path({str(flag)!r}).touch(); {SLEEPER}"
+    )
+    events: list[Event] = []
+    supervisor = Supervisor(
+        [service("stubborn", tmp_path, stubborn, ready=flag.exists, stop_s=0.2)], events.append
+    )
+    supervisor.start()
+    supervisor.stop()
+    assert events[-1].kind == "stopped"
+    assert events[-1].code == -signal.SIGKILL
+
+
+def test_its_output_is_private_and_moved_aside_when_large(tmp_path: Path) -> None:
+    log = tmp_path / "talker.log"
+    log.write_bytes(b"x" * (16 * 2**20 + 1))
+    supervisor = Supervisor([service("talker", tmp_path, f"print('here', flush=True); {SLEEPER}")])
+    supervisor.start()
+    try:
+        assert eventually(lambda: log.read_text() == "here\n")
+        assert log.stat().st_mode & 0o077 == 0
+        assert (tmp_path / "talker.log.1").stat().st_size > 16 * 2**20
+    finally:
+        supervisor.stop()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_they_die_with_a_killed_supervisor(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    child = f"import os, pathlib; pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()));"
+    program = (
+        "import sys, time; from pathlib import Path;"
+        "from common.supervise import Service, Supervisor;"
+        f"s = Service(name='a', argv=(sys.executable, '-c', {child + SLEEPER!r}),"
+        f" log=Path({str(tmp_path / 'a.log')!r}), ready=Path({str(pid_file)!r}).exists);"
+        "Supervisor([s]).start(); print('up', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"up\n"
+        pid = int(pid_file.read_text())
+        assert alive(pid)
+        parent.kill()
+        parent.wait()
+    assert eventually(lambda: not alive(pid))
