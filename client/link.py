@@ -307,7 +307,7 @@ _ADVICE = (
         "its certificate is not by the authority this hospital pinned; it is not the coordinator, "
         "or its authority was replaced: ask for a new code",
     ),
-    (r"alert.*certificate|certificate.*alert", _CERTIFICATE),
+    (r"alert.*(certificate|unknown[ _]ca|decrypt[ _]error|access[ _]denied)", _CERTIFICATE),
     (
         r"getaddrinfo|name or service not known|name resolution",
         "this host name is unknown here; check the address in the join code, and the DNS",

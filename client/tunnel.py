@@ -18,6 +18,7 @@ import signal
 import socket
 import ssl
 import sys
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -60,6 +61,7 @@ class TlsStream:
         """``server_hostname``: of the other side; None makes this side the server."""
         self._reader, self._writer = reader, writer
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._ahead: deque[bytes] = deque()
         self._tls = context.wrap_bio(
             self._incoming,
             self._outgoing,
@@ -85,11 +87,15 @@ class TlsStream:
 
     async def read(self) -> bytes:
         """The next bytes; none at the other side's clean end. Raises CutOffError without one."""
+        if self._ahead:
+            return self._ahead.popleft()
         while True:
             try:
                 found = self._tls.read(CHUNK)
             except ssl.SSLWantReadError:
-                await self._flush()  # a key update may want an answer
+                # A key update may want an answer. Reading never waits for the network to take
+                # something: with both directions full, neither would move again.
+                self._put()
                 await self._fill()
             except ssl.SSLZeroReturnError:
                 return b""
@@ -105,7 +111,11 @@ class TlsStream:
 
     async def end(self) -> None:
         """Say that nothing more will come; reading goes on."""
-        # It asks for the other side's close_notify too, which may be long in coming.
+        # OpenSSL then looks for the other side's close_notify, and takes offence at data that came
+        # before it: so they are read first.
+        with suppress(ssl.SSLError):
+            while found := self._tls.read(CHUNK):
+                self._ahead.append(bytes(found))
         with suppress(ssl.SSLError):
             self._tls.unwrap()
         await self._flush()
@@ -127,9 +137,12 @@ class TlsStream:
             raise CutOffError("ended without close_notify")
         self._incoming.write(data)
 
-    async def _flush(self) -> None:
+    def _put(self) -> None:
         if self._outgoing.pending:
             self._writer.write(self._outgoing.read())
+
+    async def _flush(self) -> None:
+        self._put()
         await self._writer.drain()
 
 
