@@ -227,9 +227,11 @@ class Federation:
     def enrol(self, name: str) -> Host:
         """A hospital's host joins: keys made there, code used up."""
         host = self.hospitals[name]
-        code = self.ask("enroll", name)["code"]
+        code = host.folder.parent / "join-code"
+        code.touch(mode=0o600)
+        code.write_text(self.ask("enroll", name)["code"])
         host.command("hospital", "init", str(host.folder))
-        host.command("hospital", "join", code, "--folder", str(host.folder))
+        host.command("hospital", "join", "--file", str(code), "--folder", str(host.folder))
         return host
 
     def start_hospital(self, name: str) -> None:

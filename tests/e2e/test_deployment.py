@@ -60,17 +60,8 @@ def watched(fed: HeartFederation, folder: Path) -> Iterator[Evidence]:
     host = fed.made.hospitals[TAPPED]
     dump = subprocess.Popen(
         [
-            "ip",
-            "netns",
-            "exec",
-            fed.made.network.switch,
-            "tcpdump",
-            "-i",
-            "br0",
-            "-U",
-            "-w",
-            str(wire),
-            "tcp",
+            *("ip", "netns", "exec", fed.made.network.switch),
+            *("tcpdump", "-i", "br0", "-U", "-w", str(wire), "tcp"),
         ],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -287,12 +278,8 @@ def test_a_hostile_bundle_is_never_run_at_a_hospital(fed: HeartFederation, tmp_p
             [
                 *coordinator.inside,
                 str(Path(sys.executable).with_name("flower-superexec")),
-                "--runtime-api-address",
-                "127.0.0.1:8441",
-                "--root-certificates",
-                str(ca),
-                "--superexec-auth-secret-file",
-                str(coordinator.folder / "run/superexec.secret"),
+                *("--runtime-api-address", "127.0.0.1:8441", "--root-certificates", str(ca)),
+                *("--superexec-auth-secret-file", str(ca.with_name("superexec.secret"))),
             ],
             env=coordinator.environ
             | {
@@ -340,15 +327,9 @@ def test_the_coordinators_own_runner_runs_no_shipped_code(
     coordinator = fed.made.coordinator
     log = coordinator.folder / "logs" / "runner.log"
     told = log.read_text().count("no study")
+    ca = coordinator.folder / "run" / "loopback-ca.pem"
     subprocess.run(
-        [
-            *coordinator.inside,
-            sys.executable,
-            "-c",
-            SUBMIT,
-            str(bundle),
-            str(coordinator.folder / "run" / "loopback-ca.pem"),
-        ],
+        [*coordinator.inside, sys.executable, "-c", SUBMIT, str(bundle), str(ca)],
         check=True,
         timeout=60,
     )
