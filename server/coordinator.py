@@ -121,6 +121,7 @@ def services(
             log=folder.logs / "nginx.log",
             environ=plain,
             ready=_listens(settings.listen, settings.port),
+            death_signal=signal.SIGTERM,  # killed outright, it would leave its workers listening
         ),
         Service(
             name="runner",
