@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 
@@ -42,6 +43,7 @@ class Driver:
         self._studies = studies
         self.nodes: Mapping[int, bool] = {}
         self._nodes_at: datetime | None = None
+        self.outcomes: Counter[str] = Counter()  # of attempts since this process began
 
     def run(self, stopping: threading.Event) -> None:
         """Tick until told to stop; an error is logged and met again at the next tick."""
@@ -105,6 +107,8 @@ class Driver:
     def _watch(self, row: StudyRow) -> None:
         folder = self._studies.folder(row)
         if (folder.path / "result.json").is_file():
+            self._change(row, progress=len(folder.metrics()))
+            self.outcomes["finished"] += 1
             self._end(row, "finished", "")
             return
         if row.run_id is None:
@@ -139,6 +143,7 @@ class Driver:
         is_passing = failure.is_passing if failure else status == "failed"
         message = failure.message if failure else "its process ended without a word"
         attempts = row.attempts + 1
+        self.outcomes["failed"] += 1
         if attempts >= ATTEMPTS and not is_passing:
             self._end(row, "failed", f"{attempts} attempts: {message}")
             return
