@@ -30,6 +30,7 @@ KEY_BYTES = 32
 KEY_VARIABLE = "CONSILIUM_KEY"
 PASSPHRASE_VARIABLE = "CONSILIUM_PASSPHRASE"  # noqa: S105 - the name of a variable
 KEY_FILE_VARIABLE = "CONSILIUM_KEY_FILE"
+CREDENTIALS_VARIABLE = "CREDENTIALS_DIRECTORY"  # systemd's, for LoadCredential=
 
 _MAGIC = b"consilium-secret-1\n"
 _SALT_BYTES = 16
@@ -56,9 +57,9 @@ class WrappingKey:
             )
 
     @classmethod
-    def from_file(cls, path: Path) -> WrappingKey:
+    def from_file(cls, path: Path, *, handed_over: bool = False) -> WrappingKey:
         """The key in a file of 44 base64 characters that nobody else can read."""
-        check_private(path)
+        check_private(path, handed_over=handed_over)
         return cls(key=_decoded(_read(path), str(path)))
 
     @classmethod
@@ -75,7 +76,10 @@ class WrappingKey:
         """What opens ``folder``: the environment's, a key file it names, or ``folder/key``."""
         if key := cls.from_environment(environ):
             return key
-        return cls.from_file(Path(environ.get(KEY_FILE_VARIABLE) or folder / "key"))
+        path = Path(environ.get(KEY_FILE_VARIABLE) or folder / "key")
+        credentials = environ.get(CREDENTIALS_VARIABLE)
+        handed_over = credentials is not None and path.parent == Path(credentials)
+        return cls.from_file(path, handed_over=handed_over)
 
     @classmethod
     def made_for_folder(cls, folder: Path, environ: Mapping[str, str]) -> WrappingKey:
@@ -164,17 +168,22 @@ def read_secret(path: Path, *, key: WrappingKey, purpose: str) -> bytes:
         ) from None
 
 
-def check_private(path: Path) -> None:
-    """Refuse a file that is missing, a link, somebody else's, or readable by others."""
+def check_private(path: Path, *, handed_over: bool = False) -> None:
+    """Refuse a file that is missing, a link, somebody else's, or readable by others.
+
+    ``handed_over``: by the service manager, in a folder that only this service can enter. There the
+    file is root's, and we read it by an access list, whose mask shows as the group's permission.
+    """
     try:
         status = path.lstat()
     except OSError as error:
         raise SecretError(f"{path}: cannot be read ({error.strerror})") from None
     if not stat.S_ISREG(status.st_mode):
         raise SecretError(f"{path}: expected a plain file, found a link, folder or device")
-    if status.st_uid != os.geteuid():
+    owners = {os.geteuid(), 0} if handed_over else {os.geteuid()}
+    if status.st_uid not in owners:
         raise SecretError(f"{path}: belongs to user {status.st_uid}; expected {os.geteuid()}")
-    if stat.S_IMODE(status.st_mode) & 0o077:
+    if stat.S_IMODE(status.st_mode) & (0o037 if handed_over else 0o077):
         raise SecretError(
             f"{path}: expected mode 600, found {stat.S_IMODE(status.st_mode):o}: others can open "
             f"it; run `chmod 600` and replace the secret if anyone may have read it"

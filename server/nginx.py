@@ -147,6 +147,9 @@ _TAIL = """\
             client_max_body_size {api_body};
             proxy_pass http://hospital_api{prefix}/;
         }}
+        # Otherwise nginx redirects from these to the same with a slash.
+        location = /v1/fleet {{ return 404; }}
+        location = {prefix} {{ return 404; }}
         location / {{ return 404; }}
 
 {errors}    }}

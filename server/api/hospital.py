@@ -34,14 +34,14 @@ def hospital_app(service: Service, metrics: Metrics, throttle: Throttle | None =
     joins = throttle or Throttle(_JOINS_A_MINUTE, 60.0)
 
     def caller(
-        name: Annotated[str, Header(alias=HOSPITAL_HEADER)] = "",
+        caller_name: Annotated[str, Header(alias=HOSPITAL_HEADER)] = "",
         serial: Annotated[str, Header(alias=SERIAL_HEADER)] = "",
     ) -> Hospital:
-        if not name or not serial:
+        if not caller_name or not serial:
             raise HTTPException(
                 401, "certificate: expected one of an enrolled hospital, found none"
             )
-        return service.admission.arrived(name, _serial(serial))
+        return service.admission.arrived(caller_name, _serial(serial))
 
     Caller = Annotated[Hospital, Depends(caller)]  # noqa: N806
     Body = Annotated[bytes, Depends(_body)]  # noqa: N806

@@ -53,7 +53,7 @@ from common.flower import pack, unpack
 from common.wire import Hello, HelloReply, TrainReply, TrainTask
 
 HEARTBEAT_S = 60.0
-_WORKERS = 4
+_WORKERS = 2
 _IDLE_S = 1.0  # a SuperNode asks every three seconds
 
 

@@ -132,3 +132,24 @@ def test_sealed_bytes_are_bound_to_their_context() -> None:
         unseal(KEY.key, sealed, b"entry 2")
     with pytest.raises(SecretError):
         unseal(KEY.key, b"", b"entry 1")
+
+
+def test_a_credential_from_the_service_manager_opens_what_only_we_can_enter(
+    tmp_path: Path,
+) -> None:
+    """systemd hands over root's file, readable by an access list that shows as group permission."""
+    path = tmp_path / "key"
+    KEY.write(path)
+    path.chmod(0o440)
+    environ = {"CONSILIUM_KEY_FILE": str(path)}
+    with pytest.raises(SecretError, match="expected mode 600, found 440"):
+        WrappingKey.of_folder(tmp_path, environ)
+    handed = environ | {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    assert WrappingKey.of_folder(tmp_path, handed) == KEY
+    elsewhere = environ | {"CREDENTIALS_DIRECTORY": str(tmp_path.parent)}
+    with pytest.raises(SecretError, match="expected mode 600, found 440"):
+        WrappingKey.of_folder(tmp_path, elsewhere)
+    for mode in (0o444, 0o460, 0o441):
+        path.chmod(mode)
+        with pytest.raises(SecretError, match="others can open it"):
+            WrappingKey.of_folder(tmp_path, handed)
