@@ -90,7 +90,7 @@ class Daemon:
         """``folder``: of `consilium hospital init`, joined."""
         self._folder, self._options = folder.resolve(), options
         self._link = LinkFolder(self._folder)
-        # A plain flag: signal handlers set it, and could deadlock on an Event that is being awaited.
+        # A plain flag: a signal handler could deadlock on an Event that is being awaited.
         self._is_stopping = False
         self._wake = threading.Event()
         self._has_visited = False

@@ -153,7 +153,9 @@ def test_it_serves_reports_restarts_and_drains(
 ) -> None:
     keys = {"north": Identity.load(folder / "identity", key=WrappingKey.of_folder(folder, {}))}
     texts = {name: one.public.text() for name, one in keys.items()}
-    coordinator.offers = [Offered(offer=offer_of(small, texts, coordinator.identity), state="offered")]
+    coordinator.offers = [
+        Offered(offer=offer_of(small, texts, coordinator.identity), state="offered")
+    ]
     with daemon(folder, work_s=1.5) as process:
         wait_for(lambda: serving(folder))
         assert process.poll() is None

@@ -211,9 +211,7 @@ def findings(folder: Path, **options: object) -> dict[str, tuple[bool, str]]:
     return {one.name: (one.is_well, one.text) for one in found}
 
 
-def test_check_finds_all_in_order(
-    joined: Path, coordinator: FakeCoordinator, small: Study
-) -> None:
+def test_check_finds_all_in_order(joined: Path, coordinator: FakeCoordinator, small: Study) -> None:
     offer(joined, coordinator, small)
     run("studies")
     run("approve", "small", "--yes")

@@ -80,7 +80,11 @@ async def tunnelled(
     async with coordinator(pki, handler) as port:
         made = context or pki.client_context("north")
         tunnel = Tunnel(
-            loopback_context(loopback.certificate, loopback.key), lambda: made, host, port, limits or TunnelLimits()
+            loopback_context(loopback.certificate, loopback.key),
+            lambda: made,
+            host,
+            port,
+            limits or TunnelLimits(),
         )
         listening = listen()
         serving = asyncio.create_task(tunnel.serve(listening))
