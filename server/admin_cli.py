@@ -107,9 +107,7 @@ def submit(
 
 
 @_commands.command("begin", epilog="Example: consilium coordinator begin heart")
-def begin(
-    study: StudyArgument, folder: FolderOption = Path(), as_json: JsonOption = False
-) -> None:
+def begin(study: StudyArgument, folder: FolderOption = Path(), as_json: JsonOption = False) -> None:
     """Begin without those who have not answered, or continue a study that failed or was stopped."""
     with _client(folder) as client:
         done = client.post(f"{_path(study)}/begin")
@@ -192,9 +190,7 @@ def results(
     _emit(as_json, found, text)
 
 
-@_commands.command(
-    "renew-certificate", epilog="Example: consilium coordinator renew-certificate"
-)
+@_commands.command("renew-certificate", epilog="Example: consilium coordinator renew-certificate")
 def renew_certificate(folder: FolderOption = Path(), as_json: JsonOption = False) -> None:
     """Replace the coordinator's own TLS key and certificate now; it also happens in time."""
     with _client(folder) as client:

@@ -65,30 +65,26 @@ def back_up(
     has_database = url.startswith(_SQLITE)
     if target.exists():
         raise RunError(f"{target}: expected a new file, found one; choose another name")
-    temporary = target.with_name(f".{target.name}.part")
     try:
-        with (
-            tempfile.TemporaryDirectory(dir=target.parent, prefix=".backup-") as scratch,
-            open(temporary, "xb", opener=_private) as file,
-        ):
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".backup-") as scratch:
+            written = Path(scratch) / "archive"
             hashes: dict[str, str] = {}
-            with tarfile.open(fileobj=file, mode="w:gz", compresslevel=1) as archive:
-                if has_database:
-                    copy = Path(scratch) / "store.db"
-                    _copy_database(Path(url.removeprefix(_SQLITE)), copy)
-                    _add(archive, hashes, "store.db", copy.read_bytes())
-                for name, data in _contents(folder, settings.public_folder):
-                    _add(archive, hashes, name, data)
-                manifest = {"version": _VERSION, "made_at": now.isoformat(), "files": hashes}
-                _add(archive, {}, _MANIFEST, json.dumps(manifest, indent=1).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+            with open(written, "xb", opener=_private) as file:
+                with tarfile.open(fileobj=file, mode="w:gz", compresslevel=1) as archive:
+                    if has_database:
+                        copy = Path(scratch) / "store.db"
+                        _copy_database(Path(url.removeprefix(_SQLITE)), copy)
+                        _add(archive, hashes, "store.db", copy.read_bytes())
+                    for name, data in _contents(folder, settings.public_folder):
+                        _add(archive, hashes, name, data)
+                    manifest = {"version": _VERSION, "made_at": now.isoformat(), "files": hashes}
+                    _add(archive, {}, _MANIFEST, json.dumps(manifest, indent=1).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            written.replace(target)
         sync_folder(target.parent.resolve())
     except OSError as error:
         raise RunError(f"{target}: cannot be written ({error.strerror or error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     with target.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Backup(sha256=digest, files=len(hashes), has_database=has_database)
@@ -97,8 +93,8 @@ def back_up(
 def restore(source: Path, path: Path, now: datetime) -> CoordinatorFolder:
     """Make folder ``path`` of a backup; a new local token is in it, the old one counts no longer.
 
-    Raises RunError for a damaged or foreign file and for a folder that is not empty; then the
-    folder is left as it was found, or empty.
+    Raises RunError for a damaged or foreign file, with the folder left as it was, and for a folder
+    that is not empty.
     """
     folder = CoordinatorFolder(path)
     try:
@@ -106,8 +102,12 @@ def restore(source: Path, path: Path, now: datetime) -> CoordinatorFolder:
         path.chmod(0o700)
         if any(one.name != "key" for one in path.iterdir()):
             raise RunError(f"{path}: expected an empty folder (or only its key), found files in it")
-        with tarfile.open(source, mode="r:gz") as archive:
-            _extract(archive, path)
+        with tempfile.TemporaryDirectory(dir=path.parent.resolve(), prefix=".restore-") as scratch:
+            with tarfile.open(source, mode="r:gz") as archive:
+                _extract(archive, Path(scratch))
+            for one in Path(scratch).iterdir():  # all of it is what was backed up
+                one.replace(path / one.name)
+        sync_folder(path)
     except (OSError, EOFError, tarfile.TarError, KeyError, ValueError) as error:
         raise RunError(f"{source}: cannot be restored ({error})") from None
     for one in (folder.runs, folder.run, folder.logs):
@@ -197,9 +197,9 @@ def _extract(archive: tarfile.TarFile, path: Path) -> None:
         data = _content(archive, entry)
         if hashlib.sha256(data).hexdigest() != wanted.pop(entry.name):
             raise ValueError(f"{entry.name}: is not what was backed up")
-        target = path / inside
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        replace_file(target, data)
+        for parent in reversed(inside.parents[:-1]):
+            (path / parent).mkdir(mode=0o700, exist_ok=True)
+        replace_file(path / inside, data)
     if wanted:
         raise ValueError(f"{next(iter(wanted))}: is missing")
 
@@ -226,3 +226,7 @@ def _renew_local_token(folder: CoordinatorFolder, now: datetime) -> None:
         replace_file(folder.admin_token, f"{secret}\n".encode())
     except SecretError as error:
         raise RunError(str(error)) from None
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

@@ -21,7 +21,7 @@ class Utc(TypeDecorator[datetime]):
     impl = DateTime(timezone=True)
     cache_ok = True
 
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
         """As UTC; a time without a zone is our bug."""
         if value is None:
             return None
@@ -29,7 +29,7 @@ class Utc(TypeDecorator[datetime]):
             raise ValueError("expected a time with a zone")
         return value.astimezone(UTC)
 
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
         """With its zone."""
         if value is None:
             return None
@@ -42,11 +42,11 @@ class Uint64(TypeDecorator[int]):
     impl = String(20)
     cache_ok = True
 
-    def process_bind_param(self, value: int | None, dialect: Dialect) -> str | None:
+    def process_bind_param(self, value: int | None, dialect: Dialect) -> str | None:  # noqa: ARG002
         """Its decimal digits."""
         return None if value is None else str(value)
 
-    def process_result_value(self, value: str | None, dialect: Dialect) -> int | None:
+    def process_result_value(self, value: str | None, dialect: Dialect) -> int | None:  # noqa: ARG002
         """The number."""
         return None if value is None else int(value)
 

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 from sqlalchemy import (
     Column,
@@ -458,7 +458,7 @@ class Registry:
 
     def _write(self, statement: Executable) -> int:
         with self._engine.begin() as connection:
-            return cast("int", connection.execute(statement).rowcount)
+            return connection.execute(statement).rowcount
 
 
 def _use_code(connection: Connection, name: str, at: datetime) -> None:

@@ -323,8 +323,8 @@ class Studies:
         public = study.public
         if public.kind == "held_apart":
             raise StudyError(
-                f"study {study.name}: public.kind = 'held_apart' is for simulations; put the corpus "
-                f"into a file (kind = 'file') or draw it from the dictionary"
+                f"study {study.name}: public.kind = 'held_apart' is for simulations; put the "
+                f"corpus into a file (kind = 'file') or draw it from the dictionary"
             )
         if public.source is not None:
             folder = self._desk.folder.path / self._desk.settings.public_folder

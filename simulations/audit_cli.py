@@ -37,7 +37,7 @@ def audit_privacy_command(
 
     Exits with code 1 when a fault is found.
     """
-    from simulations.audits import audit_privacy, render  # noqa: PLC0415 - a quick --help
+    from simulations.audits import audit_privacy, render
 
     audit = audit_privacy(_numbers(epsilon), runs=runs, quick=quick)
     if as_json:

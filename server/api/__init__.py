@@ -1,1 +1,1 @@
-"""The coordinator's two HTTP interfaces: one for hospitals, one for those who run the federation."""
+"""The coordinator's two HTTP interfaces: one for hospitals, one for its operators."""

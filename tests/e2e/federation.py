@@ -33,7 +33,10 @@ def why_not() -> str:
         if shutil.which(program) is None:
             return f"needs {program}"
     probe = f"cp{secrets.token_hex(3)}"
-    if subprocess.run(["ip", "netns", "add", probe], capture_output=True).returncode != 0:
+    if (
+        subprocess.run(["ip", "netns", "add", probe], check=False, capture_output=True).returncode
+        != 0
+    ):
         return "cannot make network namespaces here"
     subprocess.run(["ip", "netns", "delete", probe], check=True)
     return ""
@@ -83,6 +86,7 @@ class Host:
         """A command's output; it must succeed, or fail where that is expected (then its error)."""
         done = subprocess.run(
             [*self.inside, *CONSILIUM, *arguments],
+            check=False,
             capture_output=True,
             text=True,
             timeout=timeout_s,
@@ -157,7 +161,7 @@ class Host:
     def shape(self, *rule: str) -> None:
         """Slow or lossy line: a ``tc netem`` rule on its cable; none takes it away."""
         tc = [*self.inside, "tc", "qdisc"]
-        subprocess.run([*tc, "del", "dev", "eth0", "root"], capture_output=True)
+        subprocess.run([*tc, "del", "dev", "eth0", "root"], check=False, capture_output=True)
         if rule:
             subprocess.run([*tc, "add", "dev", "eth0", "root", "netem", *rule], check=True)
 
@@ -190,7 +194,7 @@ class Network:
     def remove(self) -> None:
         names = [self.switch, *(f"{self.tag}h{one + 1}" for one in range(self.hosts))]
         for name in names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
 
 @dataclass
@@ -223,9 +227,11 @@ class Federation:
     def enrol(self, name: str) -> Host:
         """A hospital's host joins: keys made there, code used up."""
         host = self.hospitals[name]
-        code = self.ask("enroll", name)["code"]
+        code = host.folder.parent / "join-code"
+        code.touch(mode=0o600)
+        code.write_text(self.ask("enroll", name)["code"])
         host.command("hospital", "init", str(host.folder))
-        host.command("hospital", "join", code, "--folder", str(host.folder))
+        host.command("hospital", "join", "--file", str(code), "--folder", str(host.folder))
         return host
 
     def start_hospital(self, name: str) -> None:

@@ -56,7 +56,8 @@ class Echo(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    do_POST = do_GET
+    def do_POST(self) -> None:
+        self.do_GET()
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -294,9 +295,7 @@ def test_everything_else_is_not_there(door: Any, path: str) -> None:
 
 
 def test_what_is_forwarded_is_the_path_nginx_decided_on(door: Any) -> None:
-    status, seen = door.ask(
-        "//v1/control/../fleet//pull", door.north, key=door.north.public_key
-    )
+    status, seen = door.ask("//v1/control/../fleet//pull", door.north, key=door.north.public_key)
     assert (status, seen["path"]) == (200, FLEET)
 
 
@@ -373,7 +372,10 @@ def test_joining_is_limited_and_half_open_connections_are_closed(tmp_path: Path)
 
     with entrance(tmp_path, hurried) as door:
         found = [door.ask(f"{PREFIX}/join", body=b"{}")[0] for _ in range(9)]
-        assert found.count(200) in (7, 8)  # one, a burst of six, and perhaps one that grew meanwhile
+        assert found.count(200) in (
+            7,
+            8,
+        )  # one, a burst of six, and perhaps one that grew meanwhile
         assert found[-1] == 429
         port = door.settings.port
         with socket.create_connection(("localhost", port), timeout=10) as silent:

@@ -168,9 +168,7 @@ class AppTransport(httpx.BaseTransport):
 
 def client_of(app: FastAPI, token: str = "") -> httpx.Client:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return httpx.Client(
-        transport=AppTransport(app), base_url="http://localhost", headers=headers
-    )
+    return httpx.Client(transport=AppTransport(app), base_url="http://localhost", headers=headers)
 
 
 @dataclass

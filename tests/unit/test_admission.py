@@ -251,7 +251,7 @@ def test_what_happened_is_in_the_signed_log(world: World) -> None:
         "hospital_joined",
         "hospital_revoked",
     ]
-    assert [one.kind for one in desk.registry.events(3)][0] == "hospital_revoked"
+    assert desk.registry.events(3)[0].kind == "hospital_revoked"
 
 
 def test_a_folder_is_opened_by_one_process(world: World) -> None:

@@ -1,4 +1,4 @@
-"""A study's states: offered, answered, begun, tried again, ended; and a coordinator that crashes."""
+"""A study's states: offered, answered, begun, tried again, ended; coordinators that crash."""
 
 from __future__ import annotations
 
@@ -173,9 +173,7 @@ def test_a_secure_sum_needs_exactly_its_number_of_hospitals(
     assert world.federation.started == [row.id]
 
 
-def test_unsound_submissions_are_refused(
-    world: World, text: str, tree: dict[str, Any]
-) -> None:
+def test_unsound_submissions_are_refused(world: World, text: str, tree: dict[str, Any]) -> None:
     submit = world.service.studies.submit
     with pytest.raises(RunError, match="to invite, found 0"):
         submit(text, None, actor="local")
@@ -309,9 +307,7 @@ def test_stopping_ends_the_run_also_when_flower_is_away(world: World, text: str)
     assert len(world.federation.started) == 2
 
 
-def test_revoking_a_hospital_stops_the_studies_it_leaves_too_small(
-    world: World, text: str
-) -> None:
+def test_revoking_a_hospital_stops_the_studies_it_leaves_too_small(world: World, text: str) -> None:
     row, _ = running(world, text)
     assert world.service.revoke("north", actor="local") == [row.id]
     found = world.service.studies.find(row.id)

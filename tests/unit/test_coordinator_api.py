@@ -226,12 +226,17 @@ def test_every_route_asks_for_its_role(
     world: World, office: FastAPI, token_of: Callable[[str], str]
 ) -> None:
     listed = {
-        (method.upper(), path.removeprefix("/api/v1/").replace("{study_id}", "x").replace("{name}", "x"))
+        (
+            method.upper(),
+            path.removeprefix("/api/v1/").replace("{study_id}", "x").replace("{name}", "x"),
+        )
         for path, methods in office.openapi()["paths"].items()
         for method in methods
         if path.startswith("/api/")
     }
-    named = {(method, path.replace("files/result.json", "files/x")) for method, path, _, _ in ROUTES}
+    named = {
+        (method, path.replace("files/result.json", "files/x")) for method, path, _, _ in ROUTES
+    }
     assert listed == named  # a new route belongs into ROUTES
     order = ["viewer", "operator", "admin"]
     tokens = {role: token_of(role) for role in order}

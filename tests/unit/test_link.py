@@ -289,9 +289,7 @@ def joined(folder: Path, **changes: object) -> Iterator[FakeCoordinator]:
         changed = replace(world, **changes, port=0)  # type: ignore[arg-type]
     with changed.serving():
         link = LinkFolder(folder)
-        link.write_facts(
-            link.facts().model_copy(update={"address": f"localhost:{changed.port}"})
-        )
+        link.write_facts(link.facts().model_copy(update={"address": f"localhost:{changed.port}"}))
         yield changed
 
 

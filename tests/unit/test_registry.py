@@ -328,7 +328,9 @@ def test_a_newer_database_is_refused(url: str) -> None:
     engine = open_engine(url)
     migrate(engine)
     with engine.begin() as connection:
-        connection.execute(text(f"INSERT INTO schema_versions VALUES ({NEWEST + 1}, 'later')"))
+        connection.execute(
+            text("INSERT INTO schema_versions VALUES (:number, 'later')"), {"number": NEWEST + 1}
+        )
     engine.dispose()
     with pytest.raises(RunError, match="newer release"):
         Registry.open(url)

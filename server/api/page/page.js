@@ -49,7 +49,7 @@ function table(titles, rows) {
 }
 
 function chart(rounds, promised) {
-  const wide = 640, high = 170, left = 38, right = 38, top = 12, low = 24;
+  const wide = 1000, high = 190, left = 46, right = 46, top = 12, low = 24;
   const spent = rounds.map((one) => one.epsilon ?? 0);
   const most = Math.max(promised ?? 0, ...spent, 1e-9) * 1.08;
   const crowd = Math.max(...rounds.map((one) => one.hospitals), 1);
@@ -147,7 +147,11 @@ function hospitalRows(found) {
   ];
 }
 
+const drawn = {};   // what each part shows: it is drawn anew only when that changes, so focus stays
 function fillOr(place, rows, build, words) {
+  const text = JSON.stringify(rows.map((one) => (Array.isArray(one) ? one.map((cell) => cell.textContent ?? cell) : one)));
+  if (drawn[place] === text) return;
+  drawn[place] = text;
   at(place).replaceChildren(...(rows.length ? build(rows) : [make("p", { className: "empty" }, words)]));
 }
 

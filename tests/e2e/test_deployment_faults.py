@@ -1,0 +1,189 @@
+"""What may die, hang or be cut off while four hospitals train; the study ends all the same.
+
+Each test offers a study of its own to one running federation. Where every round has all hospitals,
+the result is compared with an undisturbed simulation; the ledgers never hold fewer releases than
+the coordinator has seen.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.federation import wait_for
+from tests.e2e.heart_federation import (
+    NAMES,
+    HeartFederation,
+    assert_equal,
+    heart,
+    heart_federation,
+    needs_federation,
+    simulated,
+)
+
+pytestmark = needs_federation
+
+ENTRIES = "SELECT COUNT(*) FROM entry"
+OF_STUDY = "json_extract(facts, '$.study_digest') = ?"
+
+
+@pytest.fixture(scope="module")
+def fed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeartFederation]:
+    with heart_federation(tmp_path_factory.mktemp("faults")) as running:
+        yield running
+
+
+def settled(fed: HeartFederation, study_id: str, seed: int, folder: Path, **changes: int) -> None:
+    """The study ended with all four hospitals in every round, and as if nothing had happened."""
+    fed.wait_finished(study_id)
+    assert set(fed.hospitals_by_round(study_id)) == {len(NAMES)}
+    assert_equal(fed.student(study_id), simulated(heart(seed, **changes), folder / "simulated"))
+    covered(fed, study_id, seed, **changes)
+
+
+def covered(fed: HeartFederation, study_id: str, seed: int, **changes: int) -> None:
+    """Each hospital was charged for at least every answer of its that the coordinator used."""
+    digest = heart(seed, **changes).revised(simulation=None).digest()
+    rounds = fed.hospitals_by_round(study_id)
+    charged = [ledger_entries(fed, name, digest) for name in NAMES]
+    assert sum(charged) >= sum(rounds), (charged, rounds)
+
+
+def ledger_entries(fed: HeartFederation, name: str, digest: str) -> int:
+    """How many releases a hospital's ledger counts as spent on a study."""
+    return count(fed, name, f"{ENTRIES} WHERE {OF_STUDY}", digest)
+
+
+def unresolved(fed: HeartFederation, name: str, digest: str) -> int:
+    """How many of them were reserved, and never released as far as the hospital knows."""
+    missing = "LEFT JOIN release ON release.entry = entry.id"
+    return count(fed, name, f"{ENTRIES} {missing} WHERE digest IS NULL AND {OF_STUDY}", digest)
+
+
+def count(fed: HeartFederation, name: str, query: str, digest: str) -> int:
+    path = fed.made.hospitals[name].folder / "ledger.db"
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)) as database:
+        return int(database.execute(query, (digest,)).fetchone()[0])
+
+
+@contextmanager
+def kept_down(fed: HeartFederation, part: str, seconds: float) -> Iterator[None]:
+    """Kill a coordinator's process whenever it comes back, for so long."""
+    until = time.monotonic() + seconds
+    fed.made.coordinator.kill(part)
+
+    def keep() -> None:
+        while time.monotonic() < until:
+            for pid, line in fed.made.coordinator.processes().items():
+                if part in line:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=keep)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+@pytest.mark.parametrize(("outage_s", "seed"), [(12, 101), (90, 102)])
+def test_the_superlink_is_killed_and_stays_away(
+    fed: HeartFederation, tmp_path: Path, outage_s: int, seed: int
+) -> None:
+    study_id = fed.submit(heart(seed))
+    fed.wait_rounds(study_id, 1)
+    with kept_down(fed, "flower-superlink", outage_s):
+        pass
+    settled(fed, study_id, seed, tmp_path)
+
+
+def test_the_conducting_process_is_killed(fed: HeartFederation, tmp_path: Path) -> None:
+    study_id = fed.submit(heart(103))
+    fed.wait_rounds(study_id, 1)
+    runner = fed.made.coordinator.pid_of("server.runner")
+    conducting = wait_for(
+        lambda: Path(f"/proc/{runner}/task/{runner}/children").read_text().split(), 30, "a run"
+    )
+    os.kill(int(conducting[0]), signal.SIGKILL)
+    settled(fed, study_id, 103, tmp_path)
+
+
+def test_the_coordinator_is_killed_and_goes_on_by_itself(
+    fed: HeartFederation, tmp_path: Path
+) -> None:
+    study_id = fed.submit(heart(104))
+    fed.wait_rounds(study_id, 1)
+    fed.made.coordinator.crash()
+    fed.made.start_coordinator()
+    settled(fed, study_id, 104, tmp_path)
+
+
+def test_a_supernode_is_killed_while_it_trains(fed: HeartFederation, tmp_path: Path) -> None:
+    study_id = fed.submit(heart(105))
+    fed.wait_rounds(study_id, 1)
+    fed.made.hospitals["hungarian"].kill("flower-supernode")
+    fed.wait_finished(study_id)
+    assert min(fed.hospitals_by_round(study_id)) >= len(NAMES) - 1
+    covered(fed, study_id, 105)
+
+
+def test_a_task_is_killed_between_reserving_and_releasing(fed: HeartFederation) -> None:
+    """What was reserved stays spent; the hospital sits out what no longer fits, the study ends."""
+    study_id = fed.submit(heart(106, finetune__local_steps=150))
+    digest = heart(106, finetune__local_steps=150).revised(simulation=None).digest()
+    host = fed.made.hospitals["cleveland"]
+    runner = host.pid_of("client.runner")
+    wait_for(lambda: unresolved(fed, "cleveland", digest), 120, "a reservation")
+    for child in Path(f"/proc/{runner}/task/{runner}/children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    assert unresolved(fed, "cleveland", digest) == 1
+    fed.wait_finished(study_id)
+    rounds = fed.hospitals_by_round(study_id)
+    assert min(rounds) == len(NAMES) - 1
+    covered(fed, study_id, 106, finetune__local_steps=150)
+
+
+def test_a_hospital_is_cut_off_for_a_while_and_comes_back(fed: HeartFederation) -> None:
+    study_id = fed.submit(heart(107, rounds=8))
+    fed.wait_rounds(study_id, 1)
+    host = fed.made.hospitals["va"]
+    host.cut(off=True)  # half-open: no end of the connection is told
+    fed.wait_rounds(study_id, 3, seconds=150)
+    host.cut(off=False)
+    fed.wait_finished(study_id, 300)
+    rounds = fed.hospitals_by_round(study_id)
+    assert min(rounds) == len(NAMES) - 1
+    assert rounds[-1] == len(NAMES)
+    covered(fed, study_id, 107, rounds=8)
+
+
+def test_a_slow_and_lossy_line_is_only_slow(fed: HeartFederation, tmp_path: Path) -> None:
+    host = fed.made.hospitals["switzerland"]
+    host.shape("delay", "150ms", "50ms", "loss", "2%")
+    try:
+        study_id = fed.submit(heart(108))
+        settled(fed, study_id, 108, tmp_path)
+    finally:
+        host.shape()
+
+
+def test_a_revoked_hospital_is_out_and_the_others_go_on(fed: HeartFederation) -> None:
+    """Last: it cannot come back."""
+    study_id = fed.submit(heart(109, rounds=6))
+    fed.wait_rounds(study_id, 1)
+    fed.made.ask("revoke", "switzerland")
+    fed.wait_finished(study_id, 300)
+    assert fed.hospitals_by_round(study_id)[-1] == len(NAMES) - 1
+    host = fed.made.hospitals["switzerland"]
+    told = host.command("hospital", "studies", "--folder", str(host.folder), fails=True)
+    assert "revoked" in told
