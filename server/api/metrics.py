@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter as Tally
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.service import Service
@@ -79,35 +78,6 @@ class _States:
             "Attempts at running studies that failed since their last finished round",
             sum(one.attempts for one in studies if one.state == "running"),
         )
-        yield CounterMetricFamily(
-            "consilium_rounds_finished",
-            "Rounds finished, of all studies",
-            sum(one.progress for one in studies),
-        )
-        yield _gauge(
-            "consilium_certificate_expiry_days",
-            "Until it ends; of the hospitals', the one that ends first",
-            "kind",
-            self._days_left(),
-        )
-        yield GaugeMetricFamily(
-            "consilium_disk_free_bytes",
-            "Where the coordinator's folder is",
-            shutil.disk_usage(self._service.desk.folder.path).free,
-        )
-
-    def _days_left(self) -> dict[str, float]:
-        desk = self._service.desk
-        ends = desk.authority.ends()
-        newest = [
-            issued[-1].not_after
-            for one in desk.registry.hospitals()
-            if one.revoked_at is None and (issued := desk.registry.certificates(one.name))
-        ]
-        if newest:
-            ends["hospital"] = min(newest)
-        now = desk.clock()
-        return {kind: (end - now).total_seconds() / 86_400 for kind, end in ends.items()}
 
 
 class Timed:
@@ -139,7 +109,7 @@ class Timed:
             self._metrics.answers.labels(*labels, str(status)).inc()
 
 
-def _gauge(name: str, doc: str, label: str, values: Mapping[str, float]) -> GaugeMetricFamily:
+def _gauge(name: str, doc: str, label: str, values: dict[str, int]) -> GaugeMetricFamily:
     family = GaugeMetricFamily(name, doc, labels=[label])
     for value, count in values.items():
         family.add_metric([value], count)

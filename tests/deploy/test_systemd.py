@@ -73,6 +73,9 @@ def test_the_service_owns_its_state_and_gets_its_key_from_root(unit: Path, side:
     assert found["LoadCredential"] == [f"key:/etc/consilium/{side}.key"]
     assert "CONSILIUM_KEY_FILE=%d/key" in found["Environment"]
     assert found["LimitCORE"] == ["0"]
+    # Nothing starts, and nothing restarts in vain, before the folder was made.
+    made = {"coordinator": "coordinator.toml", "hospital": "link/link.json"}[side]
+    assert found["ConditionPathExists"] == [f"/var/lib/consilium-{side}/{made}"]
 
 
 def test_it_drains_before_it_is_killed_and_comes_back_after_a_crash(unit: Path, side: str) -> None:
