@@ -113,6 +113,11 @@ class Encoding:
         """Variance of the noise that the guarantee counts on, in integer units."""
         return (self.noise_multiplier * self.l2_sensitivity) ** 2
 
+    def noise_std(self, survivors: int) -> float:
+        """Standard deviation of the noise in the decoded sum of ``survivors`` honest hospitals."""
+        share = share_variance(self.variance, threshold=self.threshold, colluders=self.colluders)
+        return math.sqrt(survivors * share) / self.scale
+
     @cached_property
     def noise_bound(self) -> int:
         """No coordinate of a hospital's noise is larger, but for a probability of 2⁻⁶⁴ a release.

@@ -23,6 +23,7 @@ from common.study import Study
 from common.wire import (
     AggregateReply,
     AggregateStep,
+    AggregateTask,
     EvaluateReply,
     EvaluateTask,
     Exposure,
@@ -45,6 +46,7 @@ MESSAGES = (
     StatisticsReply,
     TrainTask,
     TrainReply,
+    AggregateTask,
     AggregateStep,
     AggregateReply,
     EvaluateTask,
