@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -53,7 +53,7 @@ class Examination:
     """Looks at one hospital's folder; nothing is changed there but the ledger's own upkeep."""
 
     folder: Path
-    environ: Mapping[str, str] = os.environ
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     dial: Dial = connect
     clock: Callable[[], datetime] = utc_now
     _safe: Safe | None = None

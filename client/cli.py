@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +13,8 @@ from rich.table import Table
 
 from client.budget import BudgetReport, budget_report
 from client.consent import withdraw as withdraw_consent
+from client.hospitalfile import write_template
+from client.operate_cli import AsJson, Folder, operate_app, show
 from client.policyfile import parse_policy, sign_policy
 from client.safe import SafeFolder, create_safe, open_safe
 from common.auditlog import Fact, read_records, utc_now, verify_log
@@ -23,8 +24,8 @@ from common.identity import PublicIdentity
 
 hospital_app = typer.Typer(
     name="hospital",
-    help="Run beside a hospital's data: keys, policy, budget, audit log, consent.",
-    epilog="Example: consilium hospital budget",
+    help="Run beside a hospital's data: daemon, studies, keys, policy, budget, log, consent.",
+    epilog="Example: consilium hospital check",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -42,12 +43,7 @@ log_app = typer.Typer(
 )
 hospital_app.add_typer(policy_app, name="policy")
 hospital_app.add_typer(log_app, name="log")
-
-Folder = Annotated[
-    Path,
-    typer.Option("--folder", "-C", envvar="CONSILIUM_HOSPITAL", help="The hospital's folder."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+hospital_app.registered_commands += operate_app.registered_commands
 
 
 @hospital_app.command(epilog="Example: consilium hospital init /srv/consilium")
@@ -55,15 +51,16 @@ def init(
     folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
     as_json: AsJson = False,
 ) -> None:
-    """Create a hospital: keys, a signed default policy, an empty ledger and an audit log."""
+    """Create a hospital: keys, a signed default policy, an empty ledger, a log, a hospital.toml."""
     created = create_safe(folder)
+    settings = write_template(folder)
     fingerprint = created.public().fingerprint
-    _print(
+    show(
         {"folder": str(folder), "fingerprint": fingerprint},
         as_json,
         f"Created {folder}. Fingerprint, for the coordinator: {fingerprint}\n"
-        f"Next: move {folder / 'key'} off this disk (set CONSILIUM_KEY_FILE), edit "
-        f"{created.policy}, then `consilium hospital policy sign`.",
+        f"Next: move {folder / 'key'} off this disk (set CONSILIUM_KEY_FILE), fill in {settings}, "
+        f"edit {created.policy}, then `consilium hospital policy sign` and `join`.",
     )
 
 
@@ -74,7 +71,7 @@ def policy_show(folder: Folder = Path(), as_json: AsJson = False) -> None:
     """Print the policy in force."""
     with open_safe(folder) as safe:
         policy = safe.policy()
-    _print(policy.model_dump(mode="json"), as_json, SafeFolder(folder).policy.read_text())
+    show(policy.model_dump(mode="json"), as_json, SafeFolder(folder).policy.read_text())
 
 
 @policy_app.command(
@@ -84,7 +81,7 @@ def policy_sign(folder: Folder = Path(), as_json: AsJson = False) -> None:
     """Check the policy, sign it and put it in force."""
     with open_safe(folder) as safe:
         digest = sign_policy(safe.folder.policy, safe.identity, safe.log)
-    _print({"policy_digest": digest}, as_json, f"In force: policy {digest[:16]}…")
+    show({"policy_digest": digest}, as_json, f"In force: policy {digest[:16]}…")
 
 
 @policy_app.command("check", epilog="Example: consilium hospital policy check draft.toml")
@@ -104,7 +101,7 @@ def policy_check(
         except OSError as error:
             raise PolicyError(f"{draft}: cannot be read ({error.strerror})") from None
         found = "valid, not signed"
-    _print({"policy": found}, as_json, f"Policy: {found}.")
+    show({"policy": found}, as_json, f"Policy: {found}.")
 
 
 @hospital_app.command(epilog="Example: consilium hospital budget --json")
@@ -113,7 +110,7 @@ def budget(folder: Folder = Path(), as_json: AsJson = False) -> None:
     with open_safe(folder) as safe:
         report = budget_report(safe.ledger, safe.policy().limits(), utc_now())
     if as_json:
-        _print(asdict(report), as_json, "")
+        show(asdict(report), as_json, "")
     else:
         _print_budget(report)
 
@@ -137,7 +134,7 @@ def withdraw(
     with open_safe(folder) as safe:
         path = safe.withdrawals(safe.policy())
         new = withdraw_consent(path, ids, ledger=safe.ledger, log=safe.log)
-    _print({"withdrawn": new}, as_json, f"{new} more patients are left out from now on.")
+    show({"withdrawn": new}, as_json, f"{new} more patients are left out from now on.")
 
 
 @log_app.command("show", epilog="Example: consilium hospital log show --last 5")
@@ -154,7 +151,7 @@ def log_show(
         for one in records
     ]
     found = [{**asdict(one), "time": one.time.isoformat()} for one in records]
-    _print({"records": found}, as_json, "\n".join(lines))
+    show({"records": found}, as_json, "\n".join(lines))
 
 
 @log_app.command(
@@ -185,7 +182,7 @@ def log_verify(
         )
         scope = "complete up to the checkpoint"
     facts = {"records": len(heads), "head": heads[-1], "scope": scope}
-    _print(facts, as_json, f"{len(heads)} records verified; {scope}.")
+    show(facts, as_json, f"{len(heads)} records verified; {scope}.")
 
 
 @log_app.command(
@@ -218,19 +215,6 @@ def log_checkpoint(
         }
         safe.log.append("checkpoint", facts)
     typer.echo(json.dumps(facts))
-
-
-def _print(facts: Any, as_json: bool, text: str) -> None:
-    typer.echo(json.dumps(_finite(facts), indent=2) if as_json else text)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return "infinite" if isinstance(value, float) and math.isinf(value) else value
 
 
 def _print_budget(report: BudgetReport) -> None:

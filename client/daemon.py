@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -51,7 +52,7 @@ from common.jsonlog import JsonLog
 from common.secretfiles import WrappingKey, replace_file
 from common.supervise import Event, Service, Supervisor
 
-DEFAULT_HEALTH_PORT = 8445
+DEFAULT_HEALTH_PORT = 8450
 _POLL_S = 0.2
 _STATE_EVERY_S = 2.0
 _BUDGET_EVERY_S = 600.0
@@ -76,7 +77,7 @@ class DaemonOptions:
     """``drain_s``: how long the message in hand may take at the end. ``health_port``: 0 for any."""
 
     health_port: int = DEFAULT_HEALTH_PORT
-    drain_s: float = 300.0
+    drain_s: float = 90.0
     visit_every_s: float = 30.0
     outer: OuterServices = outer_services
     runner: Callable[[Wiring], Service] = runner_service
@@ -89,9 +90,10 @@ class Daemon:
         """``folder``: of `consilium hospital init`, joined."""
         self._folder, self._options = folder.resolve(), options
         self._link = LinkFolder(self._folder)
-        self._stopping = threading.Event()
+        # A plain flag: a signal handler could deadlock on an Event that is being awaited.
+        self._is_stopping = False
         self._wake = threading.Event()
-        self._visited = threading.Event()
+        self._has_visited = False
         self._vitals = Vitals()
         self._clock_is_off = False
         self._heard = time.monotonic()
@@ -147,17 +149,17 @@ class Daemon:
 
     def stop(self) -> None:
         """Begin to drain."""
-        self._stopping.set()
-        self._visited.set()
-        self._wake.set()
+        self._is_stopping = True
 
     def _serve(self, wiring: Wiring, wrapping: WrappingKey) -> None:
         """Keep everything running, except while the clock is off."""
         retry_at, wait_s, written = 0.0, 1.0, 0.0
         public = self._link.read_key(wrapping).public_key()
         # The first visit tells whether the clock is right; a coordinator that is away does not.
-        self._visited.wait(_FIRST_VISIT_S)
-        while not self._stopping.is_set():
+        deadline = time.monotonic() + _FIRST_VISIT_S
+        while not (self._has_visited or self._is_stopping or time.monotonic() > deadline):
+            time.sleep(_POLL_S)
+        while not self._is_stopping:
             if self._clock_is_off and self._supervisors:
                 self._drain()
             elif not self._clock_is_off and not self._supervisors and time.monotonic() >= retry_at:
@@ -183,11 +185,11 @@ class Daemon:
             if time.monotonic() >= written + _STATE_EVERY_S:
                 self._write_state()
                 written = time.monotonic()
-            self._stopping.wait(_POLL_S)
+            time.sleep(_POLL_S)
 
     def _start(self, wiring: Wiring) -> None:
         def check_stop() -> None:
-            if self._stopping.is_set():
+            if self._is_stopping:
                 raise _StopError
 
         outer = Supervisor(self._options.outer(wiring, check_stop), self._on_event)
@@ -212,7 +214,7 @@ class Daemon:
         """The second thread: the coordinator may be slow, and the programs must not wait."""
         visitor: Visitor | None = None
         counted = -_BUDGET_EVERY_S
-        while not self._stopping.is_set():
+        while not self._is_stopping:
             try:
                 visitor = visitor or Visitor(self._folder)
                 self._visit(visitor)
@@ -225,7 +227,7 @@ class Daemon:
             except Exception as error:
                 visitor = None  # the thread must live on; a fresh start may do better
                 self._event("visit_failed", reason=type(error).__name__)
-            self._visited.set()
+            self._has_visited = True
             self._wake.wait(self._options.visit_every_s)
 
     def _visit(self, visitor: Visitor) -> None:
@@ -281,6 +283,8 @@ class Daemon:
             state=state,
             services=services,
             is_well=ready and heard and not self._clock_is_off and left > 0,
+            is_connected=heard,
+            disk_free_bytes=float(shutil.disk_usage(self._folder).free),
             certificate_days=round(left, 2),
         )
 
@@ -302,7 +306,7 @@ class Daemon:
     @contextmanager
     def _signals(self) -> Iterator[None]:
         def handle(_number: int, _frame: FrameType | None) -> None:
-            if self._stopping.is_set():
+            if self._is_stopping:
                 raise _AtOnceError
             self.stop()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,9 +32,11 @@ class Vitals:
     is_well: bool = False
     services: dict[str, dict[str, int | bool | None]] = field(default_factory=dict)
     coordinator: str = "not asked yet"
+    is_connected: bool = False
     clock_offset_s: float | None = None
     certificate_days: float | None = None
     largest_share: float | None = None
+    disk_free_bytes: float | None = None
     test_noise: bool = False
 
 
@@ -71,36 +73,32 @@ class _Collector:
     def collect(self) -> Iterator[Metric]:
         now, tally = self._vitals(), self._tally
         tally.update()
-        yield CounterMetricFamily(
-            "consilium_rounds_answered", "Releases that left this hospital.", tally.answered
-        )
-        refusals = CounterMetricFamily(
-            "consilium_refusals", "Requests this hospital refused.", labels=["rule"]
-        )
-        for rule, count in sorted(tally.refused.items()):
-            refusals.add_metric([rule], count)
-        yield refusals
-        yield GaugeMetricFamily("consilium_up", "1 while all is well.", int(now.is_well))
-        yield GaugeMetricFamily(
-            "consilium_test_noise", "1 when hospital.toml sets test noise.", int(now.test_noise)
-        )
-        restarts = CounterMetricFamily(
-            "consilium_service_restarts", "Restarts of a program.", labels=["service"]
-        )
-        for name, status in sorted(now.services.items()):
-            restarts.add_metric([name], float(status["restarts"] or 0))
-        yield restarts
+        yield _counter("rounds_answered", "Releases that left this hospital.", {"": tally.answered})
+        yield _counter("refusals", "Releases refused, by rule.", tally.refused, label="rule")
+        restarts = {name: int(one["restarts"] or 0) for name, one in now.services.items()}
+        yield _counter("service_restarts", "Programs restarted.", restarts, label="service")
         for name, words, value in (
-            ("consilium_certificate_days_left", "Until it expires.", now.certificate_days),
-            ("consilium_clock_offset_seconds", "Ahead of the coordinator.", now.clock_offset_s),
-            (
-                "consilium_budget_spent_share",
-                "Of the policy's budget, by the patient who spent most.",
-                now.largest_share,
-            ),
+            ("up", "1 while all is well.", float(now.is_well)),
+            ("connected", "1 while the coordinator is heard of.", float(now.is_connected)),
+            ("test_noise", "1 when hospital.toml sets test noise.", float(now.test_noise)),
+            ("certificate_expiry_days", "Until the certificate ends.", now.certificate_days),
+            ("clock_offset_seconds", "Ahead of the coordinator's clock.", now.clock_offset_s),
+            ("epsilon_share_max", "Of the budget, by who spent most.", now.largest_share),
+            ("disk_free_bytes", "Below the hospital's folder.", now.disk_free_bytes),
         ):
             if value is not None:
-                yield GaugeMetricFamily(name, words, value)
+                yield GaugeMetricFamily(f"consilium_hospital_{name}", words, value)
+
+
+def _counter(
+    name: str, words: str, values: Mapping[str, int], *, label: str = ""
+) -> CounterMetricFamily:
+    family = CounterMetricFamily(
+        f"consilium_hospital_{name}", words, labels=[label] if label else []
+    )
+    for key, value in sorted(values.items()):
+        family.add_metric([key] if label else [], value)
+    return family
 
 
 @contextmanager

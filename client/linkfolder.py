@@ -112,7 +112,7 @@ class LinkFolder:
         except OSError:
             raise LinkError(
                 f"{self.path}: this hospital has not joined; ask the coordinator for a code, "
-                f"then `consilium hospital join CODE`"
+                f"then `consilium hospital join`"
             ) from None
         return parse_message(LinkFacts, content)
 

@@ -36,11 +36,11 @@ class JsonLog:
         self._logger = logging.Logger(str(path), logging.INFO)
         self._logger.addHandler(self._handler)
 
-    def event(self, event: str, **facts: Plain) -> None:
+    def event(self, event: str, /, **facts: Plain) -> None:
         """Write one line; texts are cut at 500 characters."""
         self._logger.info("%s", event, extra={"facts": facts})
 
-    def warning(self, event: str, **facts: Plain) -> None:
+    def warning(self, event: str, /, **facts: Plain) -> None:
         """The same, as something that somebody should look at."""
         self._logger.warning("%s", event, extra={"facts": facts})
 

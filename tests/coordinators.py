@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import ssl
 import tempfile
@@ -185,32 +186,39 @@ class FakeCoordinator:
         if not name or self.revoked:
             return 400, "<html>The SSL certificate error</html>"
         who, _ = self.joined[name]
-        if (method, path) == ("GET", "/studies"):
-            return 200, "[" + ",".join(one.model_dump_json() for one in self.offers) + "]"
-        if (method, path) == ("POST", "/answers"):
-            answer = parse_message(Answer, body)
-            self.answers.append(answer)
-            self.offers = [
-                one.model_copy(update={"answer": answer})
-                if one.offer.digest == answer.digest
-                else one
-                for one in self.offers
-            ]
-            return 200, "{}"
-        if (method, path) == ("POST", "/renew"):
-            renewal = parse_message(RenewRequest, body)
-            renewal.verify(who)
-            return 200, self._reply(name, renewal.certificate_request).model_dump_json()
-        if (method, path) == ("POST", "/checkpoints"):
-            signed = countersign(
-                Checkpoint.from_text(body.decode()),
-                coordinator=self.identity,
-                hospital=who,
-                previous=self.checkpoints.get(name),
-            )
-            self.checkpoints[name] = signed
-            return 200, signed.text()
-        return 404, ""
+        acts: dict[tuple[str, str], Callable[[bytes, str, PublicIdentity], str]] = {
+            ("GET", "/studies"): self._studies,
+            ("POST", "/answers"): self._take,
+            ("POST", "/renew"): self._renew,
+            ("POST", "/checkpoints"): self._countersign,
+        }
+        return (200, acts[method, path](body, name, who)) if (method, path) in acts else (404, "")
+
+    def _studies(self, _body: bytes, _name: str, _who: PublicIdentity) -> str:
+        return "[" + ",".join(one.model_dump_json() for one in self.offers) + "]"
+
+    def _take(self, body: bytes, _name: str, _who: PublicIdentity) -> str:
+        answer = parse_message(Answer, body)
+        self.answers.append(answer)
+        self.offers = [
+            one.model_copy(update={"answer": answer}) if one.offer.digest == answer.digest else one
+            for one in self.offers
+        ]
+        return "{}"
+
+    def _renew(self, body: bytes, name: str, who: PublicIdentity) -> str:
+        renewal = parse_message(RenewRequest, body)
+        renewal.verify(who)
+        return self._reply(name, renewal.certificate_request).model_dump_json()
+
+    def _countersign(self, body: bytes, name: str, who: PublicIdentity) -> str:
+        self.checkpoints[name] = countersign(
+            Checkpoint.from_text(body.decode()),
+            coordinator=self.identity,
+            hospital=who,
+            previous=self.checkpoints.get(name),
+        )
+        return self.checkpoints[name].text()
 
     def _join(self, request: JoinRequest) -> tuple[int, str]:
         who = request.verify()
@@ -219,7 +227,7 @@ class FakeCoordinator:
             serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
         )
         known = self.joined.get(request.name)
-        if request.secret != self.code().text() and request.secret != _text(SECRET):
+        if request.secret != base64.b64encode(SECRET).decode():
             return 403, json.dumps(
                 {"error": "code: expected one that is not used up, found another"}
             )
@@ -237,12 +245,6 @@ class FakeCoordinator:
             ca=self.pki.pem,
             coordinator=self.identity.public.text(),
         )
-
-
-def _text(secret: bytes) -> str:
-    import base64
-
-    return base64.b64encode(secret).decode()
 
 
 class _QuietServer(ThreadingHTTPServer):
@@ -276,8 +278,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer("POST")
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+    def log_message(self, *_: object) -> None:
+        """Nothing to say."""
 
 
 def read_all(folder: Path) -> bytes:

@@ -318,10 +318,10 @@ def test_swapped_files_of_an_approved_study_do_not_count(
         assert not is_approved(folder, approved, safe), path
         path.write_bytes(good[path])
     assert is_approved(folder, approved, safe)
-    for path in good:
+    for path, content in good.items():
         path.unlink()
         assert not is_approved(folder, approved, safe), path
-        path.write_bytes(good[path])
+        path.write_bytes(content)
     # The same approval does not serve another study.
     other = study_folder(folder, weaker.digest())
     shutil.copytree(place.path, other.path)

@@ -73,14 +73,18 @@ async def tunnelled(
     handler: Handler,
     *,
     context: ssl.SSLContext | None = None,
-    limits: TunnelLimits = TunnelLimits(),
+    limits: TunnelLimits | None = None,
     host: str = "localhost",
 ) -> AsyncIterator[Callable[[], Awaitable[TlsStream]]]:
     """A tunnel to such a server; opens connections into it."""
     async with coordinator(pki, handler) as port:
         made = context or pki.client_context("north")
         tunnel = Tunnel(
-            loopback_context(loopback.certificate, loopback.key), lambda: made, host, port, limits
+            loopback_context(loopback.certificate, loopback.key),
+            lambda: made,
+            host,
+            port,
+            limits or TunnelLimits(),
         )
         listening = listen()
         serving = asyncio.create_task(tunnel.serve(listening))
