@@ -284,6 +284,21 @@ def test_an_older_approval_put_back_does_not_count(
     assert not is_approved(folder, approved, safe)
 
 
+def test_an_older_approval_of_other_hospitals_put_back_does_not_count(
+    folder: Path, approved: Study, safe: Safe, member: Member
+) -> None:
+    place = study_folder(folder, approved.digest())
+    kept = {path: path.read_bytes() for path in (place.offer, place.answer)}
+    refuse(folder, approved, member, safe)
+    newer = offered(approved, member, west=Identity.generate())
+    sync_studies(folder, Desk(newer), member, safe.log)
+    agree(folder, approved, member, safe, new_keys=["west"])
+    assert is_approved(folder, approved, safe)
+    for path, content in kept.items():
+        path.write_bytes(content)
+    assert not is_approved(folder, approved, safe)
+
+
 def test_another_hospitals_approval_does_not_count(
     folder: Path, approved: Study, safe: Safe
 ) -> None:
