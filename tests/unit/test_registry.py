@@ -241,6 +241,12 @@ def test_tokens_are_kept_as_hashes(registry: Registry) -> None:
         make_token(registry, "anna", "admin", START)
 
 
+def test_events_come_newest_first_also_within_one_instant(registry: Registry) -> None:
+    for number in range(20):
+        registry.add_event(f"k{number}", "s", "a", START)
+    assert [one.kind for one in registry.events(3)] == ["k19", "k18", "k17"]
+
+
 def test_one_join_code_lets_one_hospital_in_at_a_time(registry: Registry) -> None:
     registry.put_join_code(
         JoinCodeRow(name="north", secret_sha256="00", expires_at=START, used_at=None)

@@ -49,7 +49,7 @@ function table(titles, rows) {
 }
 
 function chart(rounds, promised) {
-  const wide = 1000, high = 190, left = 46, right = 46, top = 12, low = 24;
+  const wide = 1000, high = 190, left = 54, right = 54, top = 12, low = 24;
   const spent = rounds.map((one) => one.epsilon ?? 0);
   const most = Math.max(promised ?? 0, ...spent, 1e-9) * 1.08;
   const crowd = Math.max(...rounds.map((one) => one.hospitals), 1);
