@@ -19,6 +19,7 @@ from common.flower import pack, unpack
 from common.wire import (
     AggregateReply,
     AggregateStep,
+    AggregateTask,
     EvaluateTask,
     Hello,
     StatisticsTask,
@@ -58,13 +59,13 @@ def build_client_app(hospital_of: OpenHospital, *, debug: bool = False) -> Clien
     app.query("hello")(serve(Hello, rounds.hello))
     app.query("statistics")(serve(StatisticsTask, rounds.statistics))
     app.train()(serve(TrainTask, rounds.train))
-    app.train("aggregate")(serve(TrainTask, _begin))
+    app.train("aggregate")(serve(AggregateTask, _begin))
     app.query("aggregate")(serve(AggregateStep, _step))
     app.evaluate()(serve(EvaluateTask, rounds.evaluate))
     return app
 
 
-def _begin(hospital: Hospital, task: TrainTask) -> AggregateReply:
+def _begin(hospital: Hospital, task: AggregateTask) -> AggregateReply:
     return _aggregator(hospital).begin(hospital, task)
 
 

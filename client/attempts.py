@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from common.errors import MessageError, RefusalError
+from common.secagg.plan import STAGES
 from common.secretfiles import WrappingKey, read_secret, replace_file, write_secret
 from common.tensors import load_tensors, save_tensors
-from common.wire import TrainTask, from_parts, to_parts
+from common.wire import AggregateTask, from_parts, to_parts
 
 _PURPOSE = "secure aggregation session"
 
@@ -64,7 +65,7 @@ class SessionFolder:
     path: Path
     key: WrappingKey
 
-    def save(self, task: TrainTask, frozen: bytes) -> None:
+    def save(self, task: AggregateTask, frozen: bytes) -> None:
         """Keep the session as it stands. The task is public; the state is encrypted."""
         self.path.mkdir(mode=0o700, exist_ok=True)
         values, arrays = to_parts(task)
@@ -76,7 +77,7 @@ class SessionFolder:
         replace_file(home.with_suffix(".json"), json.dumps(values).encode())
         self.update(task, frozen)
 
-    def update(self, task: TrainTask, frozen: bytes) -> None:
+    def update(self, task: AggregateTask, frozen: bytes) -> None:
         """Replace the protocol's state after a step."""
         write_secret(
             self._home(task.stage, task.round).with_suffix(".secret"),
@@ -85,7 +86,7 @@ class SessionFolder:
             purpose=_PURPOSE,
         )
 
-    def load(self, stage: str, round_number: int) -> tuple[TrainTask, bytes] | None:
+    def load(self, stage: str, round_number: int) -> tuple[AggregateTask, bytes] | None:
         """The task and state of an open session; None without one."""
         home = self._home(stage, round_number)
         if not home.with_suffix(".secret").exists():
@@ -93,7 +94,7 @@ class SessionFolder:
         values = json.loads(home.with_suffix(".json").read_text(encoding="utf-8"))
         tensors = load_tensors(home.with_suffix(".safetensors"))
         task = from_parts(
-            TrainTask, values, {name: tensor.numpy() for name, tensor in tensors.items()}
+            AggregateTask, values, {name: tensor.numpy() for name, tensor in tensors.items()}
         )
         return task, read_secret(home.with_suffix(".secret"), key=self.key, purpose=_PURPOSE)
 
@@ -103,6 +104,6 @@ class SessionFolder:
             self._home(stage, round_number).with_suffix(suffix).unlink(missing_ok=True)
 
     def _home(self, stage: str, round_number: int) -> Path:
-        if stage not in ("finetune", "distill") or round_number < 0:
+        if stage not in STAGES or round_number < 0:
             raise MessageError(f"unknown stage {stage!r} or round {round_number}")
         return self.path / f"{stage}-{round_number}"

@@ -10,7 +10,7 @@ from client.hospital import Hospital, records_of, rows_digest, units_of
 from common.errors import RefusalError
 from common.features import FeatureMap, moment_contributions, scaling_from_tensor
 from common.learning import loop
-from common.learning.evaluate import answer, charged_histogram
+from common.learning.evaluate import answer
 from common.learning.gradients import (
     Loss,
     choose_engine,
@@ -18,10 +18,11 @@ from common.learning.gradients import (
     private_gradient,
 )
 from common.learning.loop import Gradient
+from common.learning.metrics import score_histogram
 from common.learning.records import Records
 from common.models import Student, Teacher, build_student, build_teacher
-from common.privacy.budget import Charge, budget_of, evaluation_charge
-from common.privacy.plan import combine_records
+from common.privacy.budget import Charge, evaluation_charge, stage_charge
+from common.privacy.plan import StepPlan, combine_records
 from common.privacy.units import Trust
 from common.randomness import Stream
 from common.study import OptimiserSpec, Study
@@ -29,6 +30,7 @@ from common.tables import Table
 from common.tasks import task_named
 from common.tensors import digest_tensors, get_vector
 from common.wire import (
+    AggregateTask,
     EvaluateReply,
     EvaluateTask,
     Hello,
@@ -57,13 +59,12 @@ def statistics(hospital: Hospital, task: StatisticsTask) -> StatisticsReply:
     """One noised sum of bounded moments per numeric column, charged to the training patients."""
     check_same_study(hospital, task.study_digest)
     charge = charge_of(hospital, "statistics", 0)
+    _check_leaves_alone(hospital.study)
     table = hospital.admitted(hospital.train, 0)
-    owners, units = units_of(table, hospital.study.privacy.unit)
+    _, units = units_of(table, hospital.study.privacy.unit)
 
     def compute(stream: Stream) -> Tensor:
-        each = combine_records(moment_contributions(table), torch.from_numpy(owners), units)
-        plan = charge.plan
-        return plan.noised(plan.clipped_sum(each), stream) if plan.private else each.sum(dim=0)
+        return _noised_sum(charge.plan, moments_by_unit(hospital, table), stream)
 
     request = request_digest("statistics", task.study_digest, task.attempt)
     asked = release_of(hospital, charge, table, units, round_number=0, request=request)
@@ -75,12 +76,10 @@ def train(hospital: Hospital, task: TrainTask) -> TrainReply:
     """One round of local steps; the reply holds only how noised gradients moved the weights."""
     study = hospital.study
     check_same_study(hospital, task.study_digest)
+    if task.stage not in ("finetune", "distill"):
+        raise RefusalError(f"refused: the study has no charged stage {task.stage!r} of training")
     charge = charge_of(hospital, task.stage, task.round)
-    if study.privacy.trust is Trust.DISTRIBUTED:
-        raise RefusalError(
-            "release.trust: this study's updates leave inside a secure sum only",
-            rule="release.trust",
-        )
+    _check_leaves_alone(study)
     table = hospital.admitted(hospital.train, task.round)
     model, loss, records = learning_task(hospital, task, table)
     start = get_vector(model)
@@ -118,11 +117,11 @@ def train(hospital: Hospital, task: TrainTask) -> TrainReply:
 
 
 def learning_task(
-    hospital: Hospital, task: TrainTask, table: Table
+    hospital: Hospital, task: TrainTask | AggregateTask, table: Table
 ) -> tuple[Teacher | Student, Loss, Records]:
     """The model that learns in this stage, its loss, and the records with their targets."""
     study = hospital.study
-    features = FeatureMap(study.dictionary, scaling_from_tensor(study.dictionary, task.scaling))
+    features = features_of(study, task.scaling)
     records = records_of(table, features, study.privacy.unit)
     model = learner(study, features, task)
     if task.stage == "finetune":
@@ -131,7 +130,9 @@ def learning_task(
     return model, loss, records
 
 
-def learner(study: Study, features: FeatureMap, task: TrainTask) -> Teacher | Student:
+def learner(
+    study: Study, features: FeatureMap, task: TrainTask | AggregateTask
+) -> Teacher | Student:
     """The model that learns in this stage, as it was sent: the teacher, then the student."""
     if task.stage == "finetune":
         return freeze_for_finetune(study, load_teacher(study, features, task.teacher))
@@ -150,18 +151,15 @@ def evaluate(hospital: Hospital, task: EvaluateTask) -> EvaluateReply:
     charge = evaluation_charge(study)
     if charge is None:
         return EvaluateReply(hospital=hospital.name, histogram=torch.zeros(0, 0))
-    features = FeatureMap(study.dictionary, scaling_from_tensor(study.dictionary, task.scaling))
+    _check_leaves_alone(study)
+    features = features_of(study, task.scaling)
     student = load_student(study, features, task.student)
     table = hospital.admitted(hospital.test, 0)
-    owners, units = units_of(table, study.privacy.unit)
+    _, units = units_of(table, study.privacy.unit)
 
     def compute(stream: Stream) -> Tensor:
-        probabilities = task_named(study.task).probabilities(
-            answer(student, features.encode(table))
-        )
-        return charged_histogram(
-            study, charge.plan, table.labels, probabilities.double().numpy(), owners, stream
-        )
+        each = scores_by_unit(hospital, student, features, table)
+        return _noised_sum(charge.plan, each, stream).float()
 
     request = request_digest(
         "evaluate",
@@ -173,6 +171,34 @@ def evaluate(hospital: Hospital, task: EvaluateTask) -> EvaluateReply:
     histogram = hospital.guard.release(asked, compute)
     classes = len(study.dictionary.label.classes)
     return EvaluateReply(hospital=hospital.name, histogram=histogram.reshape(classes, -1))
+
+
+def moments_by_unit(hospital: Hospital, table: Table) -> Tensor:
+    """Each unit's mean moments of the numeric columns [units, 3 · columns]."""
+    owners, units = units_of(table, hospital.study.privacy.unit)
+    return combine_records(moment_contributions(table), torch.from_numpy(owners), units)
+
+
+def scores_by_unit(
+    hospital: Hospital, student: Student, features: FeatureMap, table: Table
+) -> Tensor:
+    """Each unit's part in the histogram of scores by label [units, classes · bins]."""
+    study = hospital.study
+    owners, _ = units_of(table, study.privacy.unit)
+    answers = answer(student, features.encode(table))
+    probabilities = task_named(study.task).probabilities(answers).double().numpy()
+    each = score_histogram(table.labels, probabilities, owners, study.evaluation.bins)
+    return torch.from_numpy(each)
+
+
+def _noised_sum(plan: StepPlan, each: Tensor, stream: Stream) -> Tensor:
+    """The releasable sum [d] of contributions [units, d]; without privacy the plain one."""
+    return plan.noised(plan.clipped_sum(each), stream) if plan.private else each.sum(dim=0)
+
+
+def features_of(study: Study, scaling: Tensor) -> FeatureMap:
+    """The study's inputs under the ``scaling`` that was sent; raises MessageError on another."""
+    return FeatureMap(study.dictionary, scaling_from_tensor(study.dictionary, scaling))
 
 
 def load_teacher(study: Study, features: FeatureMap, tensors: dict[str, Tensor]) -> Teacher:
@@ -251,6 +277,15 @@ def _local_steps(
     )
 
 
+def _check_leaves_alone(study: Study) -> None:
+    """Refuse to answer alone where only sums may be read."""
+    if study.privacy.trust is Trust.DISTRIBUTED:
+        raise RefusalError(
+            "release.trust: what this study asks of patients leaves inside a secure sum only",
+            rule="release.trust",
+        )
+
+
 def check_same_study(hospital: Hospital, digest: str) -> None:
     """Refuse a request about a study this hospital does not hold."""
     if digest != hospital.study.digest():
@@ -263,7 +298,7 @@ def check_same_study(hospital: Hospital, digest: str) -> None:
 def charge_of(hospital: Hospital, stage: str, round_number: int) -> Charge:
     """The stage's charge from the hospital's own copy of the study; σ is never taken on trust."""
     try:
-        charge = budget_of(hospital.study).charge(stage)
+        charge = stage_charge(hospital.study, stage)
     except KeyError:
         raise RefusalError(f"refused: the study has no charged stage {stage!r}") from None
     if not 0 <= round_number < charge.rounds:

@@ -86,6 +86,11 @@ def moment_contributions(table: Table) -> Tensor:
     return torch.from_numpy(np.concatenate(blocks, axis=1)).float()
 
 
+def moment_count(dictionary: Dictionary) -> int:
+    """Entries of one record in :func:`moment_contributions`."""
+    return 3 * len(_numeric(dictionary))
+
+
 def private_scaling(dictionary: Dictionary, sums: Tensor, noise_std: float) -> Scaling:
     """Scaling from noised sums [numeric columns, 3]; post-processing, so free.
 

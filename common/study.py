@@ -132,7 +132,8 @@ class PrivacySpec(Strict):
     """The promise. ``epsilon`` covers all rounds and stages together.
 
     ``spare_attempts``: rounds of secure aggregation that may fail after hospitals' masked vectors
-    left and be tried again; each is budgeted beforehand (``trust = "distributed"``).
+    left and be tried again; each is budgeted beforehand (``trust = "distributed"``), as many for
+    training, for private scaling and for the evaluation.
     ``statistics_share``: the part of the budget (as a share of squared signal-to-noise) spent on
     private scaling when ``scaling = "private"``.
     """
@@ -205,7 +206,8 @@ class EvaluationSpec(Strict):
     """Each hospital keeps one of ``folds`` equal parts of its patients for testing.
 
     Exact scores stay at the hospital. With ``epsilon`` a noised histogram of scores by label is
-    released once, charged to the test patients (who are never trained on).
+    released once, charged to the test patients (who are never trained on): one of each hospital,
+    or with ``trust = "distributed"`` a single one of all hospitals together.
     """
 
     folds: Annotated[int, Field(ge=2)] = 4
@@ -386,7 +388,6 @@ class Study(Strict):
                 )
         for key, found, wanted in (
             ("federation.weighting", federation.weighting, "declared"),
-            ("scaling", self.scaling == "private", False),
             ("federation.rule", federation.rule == "fedprox", False),
         ):
             if found != wanted:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class Service:
 
     ``log`` takes its output; it is moved aside (``.1``) at a start that finds it large.
     ``pass_fds``: file descriptors it inherits. ``stop_s``: how long it may take to end.
+    ``death_signal``: what the kernel sends it when its supervisor is killed; a program with
+    children of its own, which no signal reaches, needs one it can act on.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Service:
     ready_s: float = 60.0
     stop_s: float = 10.0
     pass_fds: tuple[int, ...] = ()
+    death_signal: signal.Signals = signal.SIGKILL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +106,7 @@ class Supervisor:
                     self._launch(one)
             elif (code := one.process.poll()) is not None:
                 self._emit(one, "died", code)
+                _end_group(one.process.pid)
                 one.process = None
                 one.failures = 0 if now - one.started > _STEADY_S else one.failures + 1
                 wait = min(_FIRST_WAIT_S * 2 ** max(0, one.failures - 1), _LONGEST_WAIT_S)
@@ -121,6 +126,7 @@ class Supervisor:
                 except subprocess.TimeoutExpired:
                     one.process.kill()
                     one.process.wait()
+            _end_group(one.process.pid)
             self._emit(one, "stopped", one.process.returncode)
             one.process, one.is_ready, one.next_start = None, False, float("inf")
 
@@ -157,7 +163,7 @@ class Supervisor:
                 # Ctrl-C in a terminal reaches the supervisor alone, which stops them in order.
                 start_new_session=True,
                 # One system call, bound beforehand: safe next to threads.
-                preexec_fn=_end_with_parent(os.getpid()),  # noqa: PLW1509
+                preexec_fn=_end_with_parent(os.getpid(), service.death_signal),  # noqa: PLW1509
             )
         one.started, one.is_ready = time.monotonic(), False
         self._emit(one, "started")
@@ -173,16 +179,22 @@ class Supervisor:
         self._on_event(Event(service=one.service.name, kind=kind, pid=pid, code=code))
 
 
-def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends; at once if it already has."""
+def _end_group(pid: int) -> None:
+    """End what a dead process left of its own session: it may hold a port or old permissions."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def end_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Have the kernel signal this process when its parent ends; end now if it already has."""
     if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:
             os._exit(1)
 
 
-def _end_with_parent(parent: int) -> Callable[[], None]:
-    return lambda: end_with_parent(parent)
+def _end_with_parent(parent: int, number: signal.Signals) -> Callable[[], None]:
+    return lambda: end_with_parent(parent, number)
 
 
 def _private(path: str, flags: int) -> int:

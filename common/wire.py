@@ -116,8 +116,26 @@ class TrainReply:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AggregateTask:
+    """Begins one attempt at a secure sum of what ``stage`` releases.
+
+    ``statistics``: moments of the numeric columns. ``finetune``, ``distill``: one step's clipped
+    gradients. ``evaluate``: the histogram of scores. Fields as in TrainTask; empty where the sum
+    does not depend on them.
+    """
+
+    study_digest: str = public()
+    stage: str = public()
+    round: int = public()
+    attempt: int = public()
+    teacher: dict[str, Tensor] = public()
+    student: dict[str, Tensor] = public()
+    scaling: Tensor = public()
+
+
+@dataclass(frozen=True, kw_only=True)
 class AggregateStep:
-    """The coordinator's next message of a secure aggregation; a TrainTask has begun it."""
+    """The coordinator's next message of a secure aggregation; an AggregateTask has begun it."""
 
     study_digest: str = public()
     stage: str = public()

@@ -1,22 +1,20 @@
-"""A round's update out of a secure sum: the coordinator sees no hospital's part of it."""
+"""A noised sum out of secure aggregation: the coordinator sees no hospital's part of it."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from common.errors import ConsiliumError, RunError, SecAggError
 from common.identity import PublicIdentity
-from common.learning.optimisers import learning_rate_at
-from common.privacy.budget import budget_of
 from common.secagg import Aggregate, ServerSession
 from common.secagg.plan import encoding_of, terms_of
 from common.study import Study
-from common.wire import AggregateReply, AggregateStep, HelloReply, TrainTask
+from common.wire import AggregateReply, AggregateStep, AggregateTask, HelloReply
 from server.link import Link
 
 _logger = logging.getLogger(__name__)
@@ -24,16 +22,29 @@ _logger = logging.getLogger(__name__)
 _EXCHANGES = 4  # roster, delivery, survivors, agreements; the adverts came before
 
 
-def secure_update(
-    study: Study, link: Link, task: TrainTask, members: Mapping[str, HelloReply], size: int
-) -> tuple[Tensor, int]:
-    """The hospitals' mean step [size], and how many were in the sum.
+@dataclass(frozen=True, kw_only=True)
+class SecureSum:
+    """``values`` [length]: the noised sum over the ``hospitals`` whose vectors arrived.
 
-    One step of plain descent on the noised sum of everybody's clipped gradients, divided by public
-    numbers: the same update as the declared-weighted mean of single steps. A failed attempt is
-    repeated with the next number as often as the study has budgeted (``spare_attempts``).
+    ``noise_std``: of its noise, in every coordinate.
+    """
 
-    Raises RunError when too few hospitals remain.
+    values: Tensor
+    hospitals: tuple[str, ...]
+    noise_std: float
+
+
+def secure_sum(
+    study: Study,
+    link: Link,
+    task: AggregateTask,
+    members: Mapping[str, HelloReply],
+    length: int,
+) -> SecureSum:
+    """The hospitals' noised sum [length] of what ``task`` asks for.
+
+    A failed attempt is repeated with the next number as often as the study has budgeted
+    (``spare_attempts``). Raises RunError when too few hospitals remain.
     """
     # A hospital without an identity takes part in no sum; the others go on without it.
     pinned = {
@@ -41,7 +52,7 @@ def secure_update(
         for name, one in members.items()
         if one.identity
     }
-    encoding = encoding_of(study, task.stage, size)
+    encoding = encoding_of(study, task.stage, length)
     for attempt in range(study.privacy.spare_attempts + 1):
         tried = replace(task, attempt=attempt)
         session = ServerSession(terms=terms_of(study, tried, encoding), pinned=pinned)
@@ -50,19 +61,18 @@ def secure_update(
         except SecAggError as error:
             _logger.warning("%s round %d, attempt %d: %s", task.stage, task.round, attempt, error)
             continue
-        total = torch.from_numpy(encoding.decode(found.values))
-        rate = budget_of(study).charge(task.stage).plan.sampling_rate
-        declared = sum(members[name].declared_patients for name in found.survivors)
-        spec = study.finetune if task.stage == "finetune" else study.distill
-        learning_rate = learning_rate_at(spec.optimiser, task.round, spec.rounds)
-        return (total * (-learning_rate / (rate * declared))).float(), len(found.survivors)
+        return SecureSum(
+            values=torch.from_numpy(encoding.decode(found.values)),
+            hospitals=found.survivors,
+            noise_std=encoding.noise_std(len(found.survivors)),
+        )
     raise RunError(
         f"{task.stage} round {task.round}: no secure sum in {study.privacy.spare_attempts + 1} "
         f"attempts; the run stopped after its last finished round and can be resumed"
     )
 
 
-def _exchange(link: Link, session: ServerSession, task: TrainTask) -> Aggregate:
+def _exchange(link: Link, session: ServerSession, task: AggregateTask) -> Aggregate:
     _receive(session, link.ask("aggregate.begin", task, AggregateReply))
     for _ in range(_EXCHANGES):
         tasks = {

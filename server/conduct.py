@@ -6,11 +6,10 @@ to the result it would have had.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,26 +28,20 @@ from common.learning.distill import distill_publicly, records_from_dictionary
 from common.learning.pretrain import pretrain
 from common.models import Student, Teacher, build_student, build_teacher, count_parameters
 from common.privacy.budget import Budget, budget_of
-from common.privacy.units import Trust
+from common.secagg.plan import check_sums
 from common.study import Study
 from common.tables import Table
 from common.tensors import get_vector, set_vector
 from common.wire import (
-    EvaluateReply,
     EvaluateTask,
     Hello,
     HelloReply,
-    StatisticsReply,
-    StatisticsTask,
-    TrainReply,
     TrainTask,
 )
 from server import rules
-from server.aggregate import secure_update
 from server.link import Link
+from server.panel import Panel
 from server.store import Checkpoint, RunFolder
-
-Reply = TypeVar("Reply")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,56 +72,19 @@ class Conductor:
     """What stays the same over a whole study."""
 
     study: Study
-    link: Link
+    panel: Panel
     run: RunFolder
     budget: Budget
-    members: dict[str, HelloReply]
     watch: Callable[[Progress], None]
     started: float
 
-    def ask(
-        self,
-        action: str,
-        task: Any,
-        kind: type[Reply],
-        fits: Callable[[Reply], bool] = lambda _: True,
-    ) -> Iterator[Reply]:
-        """One fitting reply of each enrolled hospital; fewer than the study's minimum is an error.
-
-        ``fits``: whether a reply answers this very task; others are left out.
-        """
-        answered: set[str] = set()
-        for reply in self.link.ask(action, task, kind):
-            name = reply.hospital  # type: ignore[attr-defined]
-            if name in self.members and name not in answered and fits(reply):
-                answered.add(name)
-                yield reply
-        if len(answered) < self.study.federation.minimum_hospitals:
-            raise RunError(
-                f"{action}: expected answers from at least "
-                f"{self.study.federation.minimum_hospitals} hospitals, found {len(answered)}; "
-                f"the run stopped after its last finished round and can be resumed"
-            )
-
-    def welcome(self, facts: dict[str, Any]) -> None:
-        """Let hospitals that came, or came back, take part from the next round on."""
-        digest = self.study.digest()
-        for one in self.link.greet(Hello(study_digest=digest)):
-            if one.study_digest == digest and one.declared_patients > 0:
-                self.members[one.hospital] = one
-        self.note_members(facts)
-
-    def note_members(self, facts: dict[str, Any]) -> None:
+    def note_hospitals(self, facts: dict[str, Any]) -> None:
         """Who took part so far, before an interruption as well, and whether all noise is secret."""
-        facts["hospitals"] = sorted({*self.members, *facts.get("hospitals", ())})
+        members = self.panel.members
+        facts["hospitals"] = sorted({*members, *facts.get("hospitals", ())})
         facts["secret_noise"] = facts.get("secret_noise", True) and all(
-            one.secret_noise for one in self.members.values()
+            one.secret_noise for one in members.values()
         )
-
-    def weight(self, hospital: str) -> float:
-        """The public weight of a hospital."""
-        declared = self.study.federation.weighting == "declared"
-        return float(self.members[hospital].declared_patients) if declared else 1.0
 
     def report(
         self, stage: str, number: int, rounds: int, hospitals: int, eta_s: float | None = None
@@ -164,9 +120,10 @@ def conduct(
     ``corpus``: public records, or None when the study draws them from its dictionary.
     """
     budget = budget_of(study)
+    check_sums(study)
     done = run.last_checkpoint()
     members = _members(study, link)
-    desk = Conductor(study, link, run, budget, members, watch, time.monotonic())
+    desk = Conductor(study, Panel(study, link, members), run, budget, watch, time.monotonic())
 
     # As the hospitals receive it, in float32: all parties and a resumed run see the same inputs.
     moments = scaling_tensor(study.dictionary, _scaling(desk, corpus, done))
@@ -180,7 +137,7 @@ def conduct(
         "teacher_parameters": count_parameters(teacher),
         "student_parameters": count_parameters(student),
     }
-    desk.note_members(facts)
+    desk.note_hospitals(facts)
     if done is None or done.stage == "statistics":
         loss = pretrain(study, teacher, features, public)
         facts["pretrain_loss"] = loss
@@ -240,7 +197,8 @@ def _charged_stage(
     state = _rule_state(done) if done else rules.start(get_vector(model))
     first, began = done.round if done else 0, time.monotonic()
     for number in range(first, charge.rounds):
-        desk.welcome(facts)
+        desk.panel.welcome()
+        desk.note_hospitals(facts)
         set_vector(model, state.weights)
         task = TrainTask(
             study_digest=desk.study.digest(),
@@ -251,7 +209,7 @@ def _charged_stage(
             student=_state(student),
             scaling=moments,
         )
-        update, hospitals = _update(desk, task, state.weights)
+        update, hospitals = desk.panel.update(task, state.weights.numel())
         state = rules.apply(
             desk.study.federation, state, update, round_number=number, rounds=charge.rounds
         )
@@ -282,27 +240,6 @@ def _charged_stage(
             replace(state, weights=rules.result(state)),
         )
     )
-
-
-def _answers(task: TrainTask, weights: Tensor) -> Callable[[TrainReply], bool]:
-    return lambda reply: (
-        (reply.stage, reply.round, reply.update.shape)
-        == (
-            task.stage,
-            task.round,
-            weights.shape,
-        )
-    )
-
-
-def _update(desk: Conductor, task: TrainTask, weights: Tensor) -> tuple[Tensor, int]:
-    """A round's mean update [d], and how many hospitals are in it."""
-    if desk.study.privacy.trust is Trust.DISTRIBUTED:
-        return secure_update(desk.study, desk.link, task, desk.members, weights.numel())
-    summed = rules.Accumulator.empty(weights.numel())
-    for reply in desk.ask("train", task, TrainReply, _answers(task, weights)):
-        summed = summed.add(reply.update, desk.weight(reply.hospital))
-    return summed.mean(), summed.hospitals
 
 
 def _members(study: Study, link: Link) -> dict[str, HelloReply]:
@@ -337,18 +274,9 @@ def _scaling(desk: Conductor, corpus: Table | None, done: Checkpoint | None) -> 
         if corpus is None:
             raise RunError("scaling = 'public' needs the public corpus, found none")
         return corpus_scaling(corpus)
-    plan = desk.budget.charge("statistics").plan
-    task = StatisticsTask(study_digest=study.digest(), attempt=0)
-    total, hospitals = None, 0
-    shape = (*scaling_tensor(study.dictionary, range_scaling(study.dictionary)).shape[:1], 3)
-    for reply in desk.ask(
-        "statistics", task, StatisticsReply, lambda reply: reply.sums.shape == shape
-    ):
-        total = reply.sums if total is None else total + reply.sums
-        hospitals += 1
-    assert total is not None  # noqa: S101  (ask() has refused an empty round)
-    scaling = private_scaling(study.dictionary, total, plan.noise_std * math.sqrt(hospitals))
-    desk.report("statistics", 1, 1, hospitals)
+    found = desk.panel.moments()
+    scaling = private_scaling(study.dictionary, found.sums, found.noise_std)
+    desk.report("statistics", 1, 1, found.hospitals)
     desk.run.checkpoint(
         Checkpoint("statistics", 1, {"scaling": scaling_tensor(study.dictionary, scaling)}, {})
     )
@@ -362,15 +290,10 @@ def _public_inputs(study: Study, features: FeatureMap, corpus: Table | None) -> 
     return records_from_dictionary(study.dictionary, features, study.public.records, generator)
 
 
-def _evaluate(desk: Conductor, student: Student, moments: Tensor) -> dict[str, Any]:
-    """The noised histograms hospitals release, as lists; empty without an evaluation budget."""
-    if desk.study.evaluation.epsilon is None:
-        return {}
+def _evaluate(desk: Conductor, student: Student, moments: Tensor) -> list[dict[str, Any]]:
+    """The noised histograms that are released; empty without an evaluation budget."""
     task = EvaluateTask(study_digest=desk.study.digest(), student=_state(student), scaling=moments)
-    return {
-        reply.hospital: reply.histogram.tolist()
-        for reply in desk.ask("evaluate", task, EvaluateReply)
-    }
+    return [one.as_dict() for one in desk.panel.histograms(task)]
 
 
 def _state(model: Teacher | Student) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ be killed at any moment, and the next start goes on from there.
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import secrets
@@ -71,11 +72,16 @@ def run_coordinator(path: Path, on_ready: Callable[[], None] = lambda: None) -> 
         supervisor.start()
         try:
             on_ready()
+            told: object = None
             while not stopping:
                 supervisor.poll()
+                if (status := supervisor.status()) != told:
+                    replace_file(folder.state, json.dumps(status).encode())
+                    told = status
                 time.sleep(_POLL_S)
         finally:
             supervisor.stop()
+            folder.state.unlink(missing_ok=True)
 
 
 def services(
@@ -121,6 +127,7 @@ def services(
             log=folder.logs / "nginx.log",
             environ=plain,
             ready=_listens(settings.listen, settings.port),
+            death_signal=signal.SIGTERM,  # killed outright, it would leave its workers listening
         ),
         Service(
             name="runner",

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from common.errors import ConsiliumError
 from server.admission import SERVICE, Admission
@@ -20,9 +21,10 @@ from server.registry import StudyRow, StudyState
 from server.runner import failure_of, prepare
 from server.studies import Studies
 
-POLL_S = 2.0
+POLL_S = 3.0
 ATTEMPTS = 3  # failures without progress, unless they may pass by themselves
 
+_NODES_EVERY = timedelta(seconds=15)  # the SuperLink logs each look
 _FIRST_WAIT, _LONGEST_WAIT = timedelta(seconds=15), timedelta(minutes=30)
 
 _logger = logging.getLogger(__name__)
@@ -40,6 +42,8 @@ class Driver:
         self._admission = admission
         self._studies = studies
         self.nodes: Mapping[int, bool] = {}
+        self._nodes_at: datetime | None = None
+        self.outcomes: Counter[str] = Counter()  # of attempts since this process began
 
     def run(self, stopping: threading.Event) -> None:
         """Tick until told to stop; an error is logged and met again at the next tick."""
@@ -61,11 +65,7 @@ class Driver:
     def tick(self) -> None:
         """Do whatever is due. Raises UnavailableError when Flower is away."""
         self._admission.maintain()
-        try:
-            self.nodes = self._admission.reconcile()
-        except UnavailableError:
-            self.nodes = {}
-            raise
+        self._look_at_nodes()
         for row in self._desk.registry.studies():
             with self._desk.lock:
                 now = self._studies.find(row.id)
@@ -75,6 +75,17 @@ class Driver:
                     raise
                 except ConsiliumError as error:
                     self._note(now, str(error))
+
+    def _look_at_nodes(self) -> None:
+        now = self._desk.clock()
+        if self._nodes_at is not None and now < self._nodes_at + _NODES_EVERY:
+            return
+        try:
+            self.nodes = self._admission.reconcile()
+        except UnavailableError:
+            self.nodes, self._nodes_at = {}, None
+            raise
+        self._nodes_at = now
 
     def _step(self, row: StudyRow) -> None:
         if row.state == "offered":
@@ -96,6 +107,8 @@ class Driver:
     def _watch(self, row: StudyRow) -> None:
         folder = self._studies.folder(row)
         if (folder.path / "result.json").is_file():
+            self._change(row, progress=len(folder.metrics()))
+            self.outcomes["finished"] += 1
             self._end(row, "finished", "")
             return
         if row.run_id is None:
@@ -130,6 +143,7 @@ class Driver:
         is_passing = failure.is_passing if failure else status == "failed"
         message = failure.message if failure else "its process ended without a word"
         attempts = row.attempts + 1
+        self.outcomes["failed"] += 1
         if attempts >= ATTEMPTS and not is_passing:
             self._end(row, "failed", f"{attempts} attempts: {message}")
             return

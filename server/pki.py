@@ -15,6 +15,7 @@ proof of its possession count. One key is the TLS client's and Flower's node key
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -217,6 +218,16 @@ class Authority:
             return True
         expires = listed.next_update_utc
         return expires is None or now > expires - timedelta(days=CRL_DAYS / 2)
+
+    def expiries(self) -> dict[str, datetime]:
+        """When the authority, the coordinator's certificate and the revocation list end."""
+        found = {"ca": self._certificate.not_valid_after_utc}
+        with suppress(SecretError):
+            found["server"] = _load(self._folder / "server.pem").not_valid_after_utc
+        with suppress(OSError, ValueError):
+            listed = x509.load_pem_x509_crl((self._folder / "crl.pem").read_bytes())
+            found["crl"] = listed.next_update_utc or found["ca"]
+        return found
 
     def _authority_key(self) -> x509.AuthorityKeyIdentifier:
         return x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())

@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -73,12 +74,14 @@ def failure_of(run: Path) -> Failure | None:
 def conduct_task(runs: Path, endpoint: Endpoint, token: str) -> None:
     """Conduct the study that the run behind ``token`` names; keep the reason if that fails."""
     path: Path | None = None
+    held = ExitStack()
 
     def app_of(context: Context, grid: object) -> ServerApp:
         nonlocal path
         name = str(context.run_config.get(STUDY_SETTING, ""))
         if not _STUDY_ID.fullmatch(name) or not (runs / name / "job.json").is_file():
             raise RunError(f"no study {name[:40]!r} was prepared here; the run is refused")
+        held.enter_context(RunFolder(runs / name).exclusive())
         path = runs / name
         (path / "failure.json").unlink(missing_ok=True)
         run, study = RunFolder.open(path)
@@ -99,6 +102,8 @@ def conduct_task(runs: Path, endpoint: Endpoint, token: str) -> None:
             passing = isinstance(error, RunError | KeyboardInterrupt)
             RunFolder(path).write_json("failure.json", {"message": spoken, "is_passing": passing})
         raise
+    finally:
+        held.close()
 
 
 class Runner:

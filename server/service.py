@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.auditlog import Clock, utc_now
 from server.admission import Admission, Edge
@@ -48,6 +50,14 @@ class Service:
                 f"{name} is shut out; its Flower node follows once the SuperLink answers ({away})"
             )
         return stopped
+
+    def processes(self) -> dict[str, dict[str, Any]]:
+        """The supervised processes: pid, readiness, restarts. Empty without a supervisor."""
+        try:
+            found = json.loads(self.desk.folder.state.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
 
 @contextmanager

@@ -155,6 +155,11 @@ class CoordinatorFolder:
         """The process of `consilium coordinator start`."""
         return self.run / "coordinator.pid"
 
+    @property
+    def state(self) -> Path:
+        """How its services stand."""
+        return self.run / "state.json"
+
     def public(self) -> PublicIdentity:
         """The coordinator's public key; needs no secret."""
         return PublicIdentity.load(self.path / "identity.pub")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from common.errors import RunError
-from common.privacy.budget import Budget, Charge, budget_of, evaluation_charge
+from common.privacy.budget import Budget, Charge, budget_of, evaluation_budget_of
 from common.privacy.units import Trust
 from common.study import Study
 from server.store import RunFolder
@@ -58,7 +57,7 @@ def recomputed_statement(run: RunFolder, study: Study) -> dict[str, Any]:
 _RELEASED = {
     Trust.NONE: "Nothing that is protected",
     Trust.LOCAL: "Every hospital's releases, seen together by anyone,",
-    Trust.DISTRIBUTED: "The sums of the hospitals' noised updates, which are all that can be read,",
+    Trust.DISTRIBUTED: "The noised sums over all hospitals, which are all that can be read,",
 }
 
 
@@ -79,7 +78,7 @@ def _coalition(study: Study) -> str:
             f"together with any {federation.tolerated_colluders} of the {federation.hospitals} "
             f"hospitals, as long as at least {honest} others follow the protocol and add their "
             f'noise (trust = "distributed"). It does not hold against a coordinator with more '
-            f"colluding hospitals; with all but one it sees the last one's update under that "
+            f"colluding hospitals; with all but one it sees the last one's part under that "
             f"hospital's share of the noise alone."
         )
     return "There is no guarantee."
@@ -87,19 +86,12 @@ def _coalition(study: Study) -> str:
 
 def _charges(budget: Budget, study: Study) -> list[dict[str, Any]]:
     rows = [_row(one, "training", budget.spent(one.stage, one.rounds)) for one in budget.charges]
-    if budget.spare:
-        # Listed whether or not they were needed: the total holds either way.
-        plan = budget.charge("finetune").plan
-        spare = Charge(
-            stage="failed attempts",
-            rounds=study.privacy.spare_attempts,
-            steps_per_round=1,
-            plan=replace(plan, sampling_rate=budget.spare[0].sampling_rate),
-        )
-        rows.append(_row(spare, "training", budget.total()))
-    testing = evaluation_charge(study)
+    # Spare ones are listed whether or not they were needed: the total holds either way.
+    rows += [_row(one, "training", budget.total()) for one in budget.spare]
+    testing = evaluation_budget_of(study)
     if testing is not None:
-        rows.append(_row(testing, "testing", study.evaluation.epsilon))
+        spent = testing.verified_total()
+        rows += [_row(one, "testing", spent) for one in (*testing.charges, *testing.spare)]
     return rows
 
 

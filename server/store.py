@@ -19,10 +19,13 @@ moment leaves the previous step intact, and metrics beyond it are dropped on res
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -79,6 +82,22 @@ class RunFolder:
         if not (path / "study.toml").is_file():
             raise RunError(f"{path}: expected a run folder with a study.toml, found none")
         return cls(path), load_study(path / "study.toml")
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the run for this process. Raises RunError while another conducts it.
+
+        A coordinator that crashed right after it started a run starts another one: two must never
+        write one folder.
+        """
+        descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise RunError(f"{self.path}: another process conducts this run; wait for it") from None
+        finally:
+            os.close(descriptor)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write ``name`` atomically."""

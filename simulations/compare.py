@@ -235,13 +235,13 @@ def _arm(arm: str, study: Study, folder: Path, seeds: Sequence[int], ledger: _Le
 
 
 def _released(runs: Sequence[RunFolder]) -> Quality | None:
-    """AUC (two classes) and accuracy from the sum of the hospitals' released histograms."""
+    """AUC (two classes) and accuracy from the sum of the released histograms."""
     aucs, accuracies = [], []
     for run in runs:
         histograms = run.read_json("result.json")["evaluation"]
         if not histograms:
             return None
-        total = np.sum([np.array(one) for one in histograms.values()], axis=0)
+        total = np.sum([np.array(one["counts"]) for one in histograms], axis=0)
         aucs.append(_held(auc_from_histogram(total)) if len(total) == 2 else math.nan)
         accuracies.append(_held(accuracy_from_histogram(total)))
     return Quality(mean_interval(aucs), mean_interval(accuracies))

@@ -11,8 +11,9 @@ from rich.table import Table as RichTable
 from common.errors import StudyError
 from common.features import FeatureMap, range_scaling
 from common.models import build_student, build_teacher, count_parameters
-from common.privacy.budget import budget_of
+from common.privacy.budget import budget_of, evaluation_budget_of
 from common.privacy.units import Trust
+from common.secagg.plan import check_sums
 from common.study import Study
 from common.tables import read_table
 
@@ -33,7 +34,8 @@ def describe(study: Study) -> dict[str, Any]:
     features = FeatureMap(study.dictionary, range_scaling(study.dictionary))
     teacher = count_parameters(build_teacher(study, features))
     student = count_parameters(build_student(study, features))
-    budget = budget_of(study)
+    budget, testing = budget_of(study), evaluation_budget_of(study)
+    check_sums(study)
     return {
         "name": study.name,
         "task": study.task,
@@ -54,6 +56,7 @@ def describe(study: Study) -> dict[str, Any]:
             }
             for one in budget.charges
         ],
+        "epsilon_testing": None if testing is None else testing.total(),
     }
 
 
@@ -72,6 +75,10 @@ def describe_lines(facts: dict[str, Any]) -> list[str]:
         cost = "no guarantee" if after is None else f"ε {after:.3f} afterwards"
         lines.append(
             f"  {one['stage']:<9} {one['rounds']} rounds × {one['steps_per_round']} steps, {cost}"
+        )
+    if facts["epsilon_testing"] is not None:
+        lines.append(
+            f"  evaluate  one histogram, ε {facts['epsilon_testing']:.3f} of test patients"
         )
     if facts["ratio"] < 10:
         lines.append("  note: a student at least ten times smaller than its teacher is usual")

@@ -172,6 +172,6 @@ def closing_lines(summary: dict[str, Any]) -> list[str]:
             for name, (mean, low, high) in sorted(summary["released"].items(), reverse=True)
         )
         lines.append(
-            f"A coordinator of real hospitals would know, from noised histograms: {shown}."
+            f"A coordinator of real hospitals would know, from {summary['released_from']}: {shown}."
         )
     return lines

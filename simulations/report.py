@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.learning.metrics import Interval
+from common.privacy.units import Trust
 from server.store import RunFolder
 from simulations.comparison import Comparison, Difference, span
 from simulations.markup import Content, Html, data_table, element, listed, note, page, paragraph
@@ -206,16 +207,24 @@ def _released_part(comparison: Comparison) -> Html:
                 "leave any hospital."
             ),
         )
-    return part(
-        "What leaves the hospitals",
-        _table(rows),
-        paragraph(
-            f"The exact figures never leave a real hospital. One histogram of the student's "
-            f"scores does, noised at each hospital with ε = "
-            f"{comparison.study.evaluation.epsilon:g} charged to the test patients; “released” "
-            f"is computed from the sum of those alone. The more hospitals and the fewer test "
-            f"patients, the more the noise hides."
-        ),
+    return part("What leaves the hospitals", _table(rows), paragraph(_released_words(comparison)))
+
+
+def _released_words(comparison: Comparison) -> str:
+    study = comparison.study
+    cost = f"ε = {study.evaluation.epsilon:g} charged to the test patients"
+    never = "The exact figures never leave a real hospital."
+    if study.privacy.trust is Trust.DISTRIBUTED:
+        return (
+            f"{never} One histogram of the student's scores does, of all hospitals together and "
+            f"with noise of all in it, at {cost}; no hospital's own can be read, and “released” is "
+            f"computed from it. The fewer test patients, the more the noise hides. Trained under "
+            f"one roof, the model is tested with that roof's own noise."
+        )
+    return (
+        f"{never} One histogram of the student's scores does, noised at each hospital with {cost}; "
+        f"“released” is computed from the sum of those alone. The more hospitals and the fewer "
+        f"test patients, the more the noise hides."
     )
 
 

@@ -152,8 +152,8 @@ def _run_released(summary: dict[str, Any]) -> list[Html]:
     )
     return [
         paragraph(
-            f"A coordinator of real hospitals would have seen, from noised histograms: {said}. The "
-            f"intervals are what that noise alone explains."
+            f"A coordinator of real hospitals would have seen, from {summary['released_from']}: "
+            f"{said}. The intervals are what that noise alone explains."
         )
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from common.learning.metrics import (
     auc_from_histogram,
     noise_interval,
 )
-from common.privacy.budget import evaluation_charge
+from common.privacy.units import Trust
 from common.study import Study
 from server.store import RunFolder
 from simulations.evaluation import Scores, finished_models, score, together
@@ -23,7 +24,7 @@ def summarise(run: RunFolder) -> dict[str, Any]:
     """Scores of teacher and student at every hospital, exact; kept as ``evaluation.json``.
 
     ``released`` holds what a real coordinator would know instead: AUC and accuracy from the
-    hospitals' noised histograms, when the study grants evaluation a budget.
+    noised histograms (``released_from`` says of whom), when the study grants evaluation a budget.
     """
     study, hospitals = load_hospitals(run.path)
     teacher, student, features = finished_models(run, study)
@@ -45,7 +46,8 @@ def summarise(run: RunFolder) -> dict[str, Any]:
             for one, two, hospital in zip(taught, learned, hospitals, strict=True)
         ],
         "mean_accuracy": float(np.mean([one.accuracy for one in learned])),
-        "released": released(study, result["evaluation"]),
+        "released": released(result["evaluation"]),
+        "released_from": released_from(study),
     }
     summary["all"]["declared_patients"] = sum(one.declared_patients for one in hospitals)
     summary["all"]["test_patients"] = sum(len(set(one.test.patients)) for one in hospitals)
@@ -53,16 +55,16 @@ def summarise(run: RunFolder) -> dict[str, Any]:
     return summary
 
 
-def released(study: Study, histograms: dict[str, Any]) -> dict[str, Any] | None:
+def released(histograms: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """AUC and accuracy from the sum of the released histograms, each as [mean, low, high].
 
-    None without any. The interval covers the noise alone, not the chance of who was tested.
+    ``histograms``: as ``result.json`` keeps them. None without any. The interval covers the noise
+    alone, not the chance of who was tested.
     """
-    charge = evaluation_charge(study)
-    if not histograms or charge is None:
+    if not histograms:
         return None
-    total = np.sum([np.array(one) for one in histograms.values()], axis=0)
-    noise_std = charge.plan.noise_std * math.sqrt(len(histograms))
+    total = np.sum([np.array(one["counts"]) for one in histograms], axis=0)
+    noise_std = math.hypot(*(one["noise_std"] for one in histograms))
     figures: dict[str, Any] = {
         "accuracy": noise_interval(total, noise_std, accuracy_from_histogram)
     }
@@ -71,6 +73,13 @@ def released(study: Study, histograms: dict[str, Any]) -> dict[str, Any] | None:
     return {
         name: [_known(one.mean), _known(one.low), _known(one.high)] for name, one in figures.items()
     }
+
+
+def released_from(study: Study) -> str:
+    """What a coordinator would have been told, in words."""
+    if study.privacy.trust is Trust.DISTRIBUTED:
+        return "one noised histogram of all hospitals' test patients together"
+    return "each hospital's noised histogram"
 
 
 def _row(teacher: Scores, student: Scores, declared: int, tested: int | None) -> dict[str, Any]:

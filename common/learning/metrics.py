@@ -59,6 +59,11 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(round(mean, 12), mean - half, mean + half, len(known))
 
 
+def histogram_shape(classes: int, bins: int) -> tuple[int, int]:
+    """Rows (labels) and columns of the histogram that :func:`score_histogram` adds to."""
+    return classes, bins if classes == 2 else classes
+
+
 def score_histogram(
     labels: NDArray[np.int64], probabilities: Floats, owners: NDArray[np.int64], bins: int
 ) -> Floats:
@@ -68,11 +73,11 @@ def score_histogram(
     norm is at most 1 and so is the sensitivity of the sum (add or remove one patient).
     Two classes are binned by the probability of class 1, more by the predicted class.
     """
-    classes = probabilities.shape[1]
+    classes, bins = histogram_shape(probabilities.shape[1], bins)
     if classes == 2:
         position = np.minimum((probabilities[:, 1] * bins).astype(np.int64), bins - 1)
     else:
-        position, bins = probabilities.argmax(axis=1), classes
+        position = probabilities.argmax(axis=1)
     patients = int(owners.max()) + 1 if len(owners) else 0
     table = np.zeros((patients, classes * bins))
     weights = 1.0 / np.bincount(owners, minlength=patients)[owners]

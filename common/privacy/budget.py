@@ -1,8 +1,13 @@
-"""A study's whole budget: one noise multiplier, calibrated so that all stages together keep ε."""
+"""A study's whole budget: one noise multiplier, calibrated so that all stages together keep ε.
+
+Two sets of patients pay, each from a budget of its own: those the model is trained on
+(:func:`budget_of`), and those it is tested on (:func:`evaluation_budget_of`).
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -15,7 +20,7 @@ from common.privacy.accounting import (
     library_epsilon,
 )
 from common.privacy.plan import StepPlan
-from common.privacy.skellam_gaussian import LARGEST_DISTANCE
+from common.privacy.skellam_gaussian import LARGEST_DISTANCE, delta_slack
 from common.privacy.units import Relation, Trust
 from common.study import DistillSpec, FinetuneSpec, PrivacySpec, Study
 
@@ -42,16 +47,18 @@ class Charge:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """The charges of a study, stage by stage in their order; empty stages cost nothing.
+    """The charges of one set of patients, stage by stage in their order; empty stages cost nothing.
 
     ``spare``: what failed attempts at secure sums may cost besides, budgeted beforehand.
+    ``distance``: the part of ``delta`` set aside for noise that is only nearly Gaussian.
     """
 
     charges: tuple[Charge, ...]
     relation: Relation
     epsilon: float | None
     delta: float | None
-    spare: tuple[Event, ...] = ()
+    spare: tuple[Charge, ...] = ()
+    distance: float = 0.0
 
     def charge(self, stage: str) -> Charge:
         """The charge of ``stage``; a KeyError is our bug."""
@@ -73,22 +80,25 @@ class Budget:
         for one in self.charges:
             if one.stage == stage:
                 events += one.events(rounds)
-                return epsilon(events, delta=self.delta, relation=self.relation)
+                delta = self.delta - self.distance
+                return epsilon(events, delta=delta, relation=self.relation)
             events += one.events()
         raise KeyError(stage)
 
     def total(self) -> float | None:
-        """ε of the whole study; never above the study's own."""
+        """ε of all charges, spare ones included; never above ``epsilon``."""
         if self.delta is None:
             return None
-        return epsilon(self._events(), delta=self.delta, relation=self.relation)
+        delta = self.delta - self.distance
+        return epsilon(self._events(), delta=delta, relation=self.relation)
 
     def verified_total(self) -> float | None:
         """The larger of our ε and ``dp-accounting``'s; raises PrivacyError where they disagree."""
         ours = self.total()
         if ours is None or self.delta is None:
             return None
-        theirs = library_epsilon(self._events(), delta=self.delta, relation=self.relation)
+        delta = self.delta - self.distance
+        theirs = library_epsilon(self._events(), delta=delta, relation=self.relation)
         if abs(ours - theirs) > _AGREEMENT * ours:
             raise PrivacyError(
                 f"ε of the study: expected two accountants to agree within {_AGREEMENT:.0%}, "
@@ -97,7 +107,7 @@ class Budget:
         return max(ours, theirs)
 
     def _events(self) -> list[Event]:
-        return [*(event for one in self.charges for event in one.events()), *self.spare]
+        return [event for one in (*self.charges, *self.spare) for event in one.events()]
 
 
 def budget_of(study: Study) -> Budget:
@@ -119,15 +129,7 @@ def _budget(
     privacy: PrivacySpec, finetune: FinetuneSpec, distill: DistillSpec, scaled_columns: int | None
 ) -> Budget:
     private = privacy.trust is not Trust.NONE
-    blank = StepPlan(
-        unit=privacy.unit,
-        relation=privacy.relation,
-        sampling_rate=1.0,
-        clip_norm=privacy.clip_norm,
-        noise_multiplier=1.0 if private else 0.0,
-        records_per_unit=privacy.records_per_patient if privacy.unit == "patient" else 1,
-        private=private,
-    )
+    blank = _blank_plan(privacy)
     charges = []
     if scaled_columns is not None:
         # A record's three bounded numbers per column: value, square, presence; each at most 1.
@@ -181,69 +183,134 @@ def _budget(
             for one in charges
         )
 
-    def spare_at(noise_multiplier: float) -> tuple[GaussianEvent, ...]:
-        if not privacy.spare_attempts:
-            return ()
-        # Whichever stage fails: the one that samples more patients costs more.
-        worst = max(charges, key=lambda one: one.plan.sampling_rate).plan
-        plan = replace(worst, noise_multiplier=noise_multiplier)
-        return (plan.event(steps=privacy.spare_attempts),)
+    def spare_at(charges: tuple[Charge, ...]) -> tuple[Charge, ...]:
+        # Of the training stages, whichever fails: the one that samples more patients costs more.
+        trained = [one for one in charges if one.stage != "statistics"]
+        worst = max(trained, key=lambda one: one.plan.sampling_rate)
+        # The statistics have noise of their own, so that neither is sure to cost more: both.
+        scaled = [one for one in charges if one.stage == "statistics"]
+        return _spare((worst, *scaled), privacy.spare_attempts)
 
-    def events_at(noise_multiplier: float) -> list[GaussianEvent]:
-        events = [event for one in at(noise_multiplier) for event in one.events()]
-        return [*events, *spare_at(noise_multiplier)]
-
-    assert privacy.epsilon is not None and privacy.delta is not None  # noqa: S101
-    delta = privacy.delta
-    if privacy.trust is Trust.DISTRIBUTED:
-        releases = privacy.spare_attempts + sum(one.rounds for one in charges)
-        # Skellam noise is charged as the Gaussian it is within this distance of.
-        delta -= (1 + math.exp(privacy.epsilon)) * releases * LARGEST_DISTANCE
-    if delta <= 0:
-        raise PrivacyError(f"δ = {privacy.delta:g} is too small for {releases} secure sums")
-    noise = calibrate(events_at, epsilon=privacy.epsilon, delta=delta, relation=privacy.relation)
-    # Both accountants must find the promise kept; their grids differ by a hair.
-    while (
-        library_epsilon(events_at(noise), delta=delta, relation=privacy.relation) > privacy.epsilon
-    ):
-        noise *= 1 + _NUDGE
-    return Budget(
-        charges=at(noise),
-        relation=privacy.relation,
-        epsilon=privacy.epsilon,
-        delta=privacy.delta,
-        spare=spare_at(noise),
-    )
+    assert privacy.epsilon is not None  # noqa: S101
+    return _whole(privacy, privacy.epsilon, lambda noise: (at(noise), spare_at(at(noise))))
 
 
-def evaluation_charge(study: Study) -> Charge | None:
-    """What the one released histogram costs the test patients; None if the study grants nothing.
+def evaluation_budget_of(study: Study) -> Budget | None:
+    """What the released histogram costs the test patients; None if the study grants nothing.
 
     A patient adds at most 1 in all, so the clip norm is 1 (see ``score_histogram``).
     """
-    privacy = study.privacy
     if study.evaluation.epsilon is None:
         return None
-    noise = 0.0
-    if privacy.delta is not None:
-        noise = _single_release_noise(study.evaluation.epsilon, privacy.delta, privacy.relation)
-    plan = StepPlan(
-        unit=privacy.unit,
-        relation=privacy.relation,
-        sampling_rate=1.0,
-        clip_norm=1.0,
-        noise_multiplier=noise,
-        records_per_unit=privacy.records_per_patient if privacy.unit == "patient" else 1,
-        private=privacy.trust is not Trust.NONE,
-    )
-    return Charge(stage="evaluate", rounds=1, steps_per_round=1, plan=plan)
+    return _evaluation_budget(study.privacy, study.evaluation.epsilon)
+
+
+def stage_charge(study: Study, stage: str) -> Charge:
+    """The charge of ``stage``, whoever pays it; raises KeyError where the study charges none."""
+    testing = evaluation_budget_of(study)
+    budget = testing if testing is not None and stage == "evaluate" else budget_of(study)
+    return budget.charge(stage)
+
+
+def evaluation_charge(study: Study) -> Charge | None:
+    """The charge of the released histogram; None if the study grants nothing."""
+    budget = evaluation_budget_of(study)
+    return None if budget is None else budget.charge("evaluate")
 
 
 @lru_cache(maxsize=256)
-def _single_release_noise(target: float, delta: float, relation: Relation) -> float:
-    return calibrate(
-        lambda noise: [GaussianEvent(noise_multiplier=noise)],
-        epsilon=target,
-        delta=delta,
-        relation=relation,
+def _evaluation_budget(privacy: PrivacySpec, target: float) -> Budget:
+    charge = Charge(
+        stage="evaluate",
+        rounds=1,
+        steps_per_round=1,
+        plan=replace(_blank_plan(privacy), clip_norm=1.0),
     )
+
+    def at(noise_multiplier: float) -> tuple[Charge, ...]:
+        plan = replace(charge.plan, noise_multiplier=noise_multiplier)
+        return (replace(charge, plan=plan),)
+
+    if not charge.plan.private:
+        return Budget(charges=(charge,), relation=privacy.relation, epsilon=None, delta=None)
+    spare = privacy.spare_attempts
+    return _whole(privacy, target, lambda noise: (at(noise), _spare(at(noise), spare)))
+
+
+def _blank_plan(privacy: PrivacySpec) -> StepPlan:
+    """A step on all patients, whose noise is yet to be found."""
+    private = privacy.trust is not Trust.NONE
+    return StepPlan(
+        unit=privacy.unit,
+        relation=privacy.relation,
+        sampling_rate=1.0,
+        clip_norm=privacy.clip_norm,
+        noise_multiplier=1.0 if private else 0.0,
+        records_per_unit=privacy.records_per_patient if privacy.unit == "patient" else 1,
+        private=private,
+    )
+
+
+def _spare(charges: tuple[Charge, ...], attempts: int) -> tuple[Charge, ...]:
+    """What ``attempts`` more rounds of each charge cost."""
+    return tuple(
+        replace(one, stage=f"failed attempts ({one.stage})", rounds=attempts)
+        for one in charges
+        if attempts
+    )
+
+
+def _whole(
+    privacy: PrivacySpec,
+    target: float,
+    at: Callable[[float], tuple[tuple[Charge, ...], tuple[Charge, ...]]],
+) -> Budget:
+    """The budget with the least noise that keeps (``target``, δ).
+
+    ``at(noise_multiplier)``: the charges and the spare ones at that noise.
+    """
+    charges, spare = at(1.0)
+    distance = _distance(privacy, target, (*charges, *spare))
+    assert privacy.delta is not None  # noqa: S101
+    noise = _calibrated(
+        lambda noise: [event for part in at(noise) for one in part for event in one.events()],
+        epsilon=target,
+        delta=privacy.delta - distance,
+        relation=privacy.relation,
+    )
+    charges, spare = at(noise)
+    return Budget(
+        charges=charges,
+        relation=privacy.relation,
+        epsilon=target,
+        delta=privacy.delta,
+        spare=spare,
+        distance=distance,
+    )
+
+
+def _distance(privacy: PrivacySpec, epsilon: float, charges: Iterable[Charge]) -> float:
+    """What to set aside of δ: Skellam noise is charged as the Gaussian it is so near to."""
+    if privacy.trust is not Trust.DISTRIBUTED:
+        return 0.0
+    releases = sum(one.rounds for one in charges)
+    distance = delta_slack(epsilon=epsilon, distance=LARGEST_DISTANCE, releases=releases)
+    assert privacy.delta is not None  # noqa: S101
+    if distance >= privacy.delta:
+        raise PrivacyError(f"δ = {privacy.delta:g} is too small for {releases} secure sums")
+    return distance
+
+
+def _calibrated(
+    events_at: Callable[[float], list[GaussianEvent]],
+    *,
+    epsilon: float,
+    delta: float,
+    relation: Relation,
+) -> float:
+    """The least noise multiplier with which both accountants find ``epsilon`` kept."""
+    noise = calibrate(events_at, epsilon=epsilon, delta=delta, relation=relation)
+    # Their grids differ by a hair.
+    while library_epsilon(events_at(noise), delta=delta, relation=relation) > epsilon:
+        noise *= 1 + _NUDGE
+    return noise

@@ -26,6 +26,7 @@ that spoils a sum, or ends an attempt, but uncovers nobody.
 from __future__ import annotations
 
 import hashlib
+import io
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
@@ -112,8 +113,7 @@ class ClientSession:
     def answer(self, message: bytes, vector: NDArray[np.int32] | None = None) -> bytes:
         """The reply to the coordinator's ``message``; the last reply is the Reveal.
 
-        ``vector`` [length]: this hospital's encoded, noised integers, needed with the Delivery
-        and **consumed**: it is masked in place, and must not be read again.
+        ``vector`` [length]: this hospital's encoded, noised integers, needed with the Delivery.
         """
         if self._over:
             raise MessageError("secure aggregation: this attempt is over at this hospital")
@@ -229,11 +229,20 @@ class ClientSession:
                 length=self._terms.length,
             ).encode()
         )
+        # The masked vector is written where it is sent from; a copy of it would cost as much as
+        # its hash. ``getvalue`` gives this very memory.
+        size = len(start) + vector.nbytes + messages.SIGNATURE_BYTES
+        upload = io.BytesIO(bytes(size))
+        upload.write(start)
         digest = hashlib.sha256(start)
-        apply_masks(vector.view("<u4"), masks, lambda piece: digest.update(piece.data))
+        with upload.getbuffer() as memory:
+            masked = np.frombuffer(memory, "<u4", count=len(vector), offset=len(start))
+            apply_masks(vector.view("<u4"), masks, masked, lambda piece: digest.update(piece.data))
+            del masked
         self._state = replace(state, expects=Kind.SURVIVORS, sharers=delivery.sharers, held=held)
-        signature = messages.sign(self._identity, Kind.MASKED, digest.digest())
-        return b"".join((start, vector.data.cast("B"), signature))
+        upload.seek(len(start) + vector.nbytes)
+        upload.write(messages.sign(self._identity, Kind.MASKED, digest.digest()))
+        return upload.getvalue()
 
     def _on_survivors(self, state: ClientState, message: messages.Survivors) -> bytes:
         roster, me = self._placed()
@@ -287,10 +296,10 @@ class ClientSession:
         if (
             vector.dtype != np.dtype("<i4")
             or vector.shape != (self._terms.length,)
-            or not (vector.flags.c_contiguous and vector.flags.writeable)
+            or not vector.flags.c_contiguous
         ):
             raise ValueError(
-                f"vector: expected {self._terms.length} writable int32 in a row, found "
+                f"vector: expected {self._terms.length} int32 in a row, found "
                 f"{vector.dtype} {vector.shape}"
             )
 

@@ -113,6 +113,11 @@ class Encoding:
         """Variance of the noise that the guarantee counts on, in integer units."""
         return (self.noise_multiplier * self.l2_sensitivity) ** 2
 
+    def noise_std(self, survivors: int) -> float:
+        """Standard deviation of the noise in the decoded sum of ``survivors`` honest hospitals."""
+        share = share_variance(self.variance, threshold=self.threshold, colluders=self.colluders)
+        return math.sqrt(survivors * share) / self.scale
+
     @cached_property
     def noise_bound(self) -> int:
         """No coordinate of a hospital's noise is larger, but for a probability of 2⁻⁶⁴ a release.
@@ -249,7 +254,8 @@ class Encoding:
         vector = np.empty(self.length, dtype="<i4")
         for start in range(0, self.length, _PIECE):
             piece = slice(start, start + _PIECE)
-            vector[piece] = self._noised(total[piece], noise)
+            limited = np.clip(total[piece], -self.signal_bound, self.signal_bound)
+            vector[piece] = self._noised(limited, noise)
         return vector
 
     def release(self, update: NDArray[np.floating], noise: Stream | None) -> NDArray[np.int32]:
@@ -260,16 +266,17 @@ class Encoding:
         if self.rounding != "nearest" or update.shape != (self.length,):
             raise ValueError(f"expected nearest rounding and one update [{self.length}]")
         pieces = [slice(at, at + _PIECE) for at in range(0, self.length, _PIECE)]
-        squares = math.fsum(_squares(update[None, piece])[0] for piece in pieces)
+        room = np.empty(min(_PIECE, self.length))
+        squares = math.fsum(_square(update[piece], room) for piece in pieces)
         factor = float(self._factors(np.array([squares]))[0])
         vector = np.empty(self.length, dtype="<i4")
-        room = np.empty(min(_PIECE, self.length))
         for piece in pieces:
             scaled = room[: len(update[piece])]
             if factor:
                 np.multiply(update[piece], factor, out=scaled, dtype=np.float64)
             else:
                 scaled[:] = 0
+            # One unit is clipped to far less than ``signal_bound``: see ``__post_init__``.
             np.rint(scaled, out=scaled)
             vector[piece] = self._noised(scaled, noise)
         return vector
@@ -293,9 +300,8 @@ class Encoding:
         factors = self.scale * limit / np.maximum(norms, limit)
         return np.where(np.isfinite(squares), factors, 0.0)
 
-    def _noised(self, total: NDArray[Any], noise: Stream | None) -> NDArray[Any]:
-        """Integers within ``input_bound``; float64 holds them exactly."""
-        limited: NDArray[Any] = np.clip(total, -self.signal_bound, self.signal_bound)
+    def _noised(self, limited: NDArray[Any], noise: Stream | None) -> NDArray[Any]:
+        """``limited``, integers within ``signal_bound``, plus noise, in place; exact in float64."""
         if not self.noise_multiplier:
             return limited
         if noise is None:
@@ -320,6 +326,14 @@ class Encoding:
             squares = np.einsum("ij,ij->i", tried, tried)
             left = left[squares > self.l2_sensitivity**2 * (1 - _FLOAT_SLACK)]
         return rounded.astype(np.int64)
+
+
+def _square(part: NDArray[np.floating], room: NDArray[np.float64]) -> float:
+    """Sum of squares, in float64, by way of ``room``."""
+    wide = room[: len(part)]
+    np.copyto(wide, part)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.dot(wide, wide))
 
 
 def _squares(units: NDArray[np.floating]) -> NDArray[np.float64]:

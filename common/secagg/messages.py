@@ -36,6 +36,8 @@ _MAGIC = b"CSA1"
 _DIGEST_BYTES = 32
 _HEADER_BYTES = len(_MAGIC) + 1 + _DIGEST_BYTES
 SIGNATURE_BYTES = 64
+# Header and fields of a masked vector fill 112 bytes, so that its integers are aligned.
+_ALIGNING = bytes(5)
 
 
 class Kind(IntEnum):
@@ -177,7 +179,8 @@ class Masked:
 
     def encode(self) -> bytes:
         """The body up to the vector."""
-        return Writer().u16(self.sender).raw(self.roster).raw(self.sharers).u32(self.length).done()
+        writer = Writer().u16(self.sender).raw(self.roster).raw(self.sharers).u32(self.length)
+        return writer.raw(_ALIGNING).done()
 
     @classmethod
     def decode(cls, reader: Reader) -> tuple[Masked, memoryview]:
@@ -188,6 +191,8 @@ class Masked:
             sharers=reader.raw(_DIGEST_BYTES),
             length=reader.u32(),
         )
+        if reader.raw(len(_ALIGNING)) != _ALIGNING:
+            raise MessageError("MASKED: expected zeros before the vector")
         vector = reader.view(4 * one.length)
         reader.finish()
         return one, vector

@@ -1,23 +1,38 @@
-"""From a study and a round to the encoding and the terms of its sum; alike at every party."""
+"""From a study and a round to the encoding and the terms of its sum; alike at every party.
+
+Four kinds of sums, named by their stage: ``statistics``, ``finetune``, ``distill``, ``evaluate``.
+Each is a sum over patients of vectors clipped to the norm of the stage's charge.
+"""
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
-from common.privacy.budget import budget_of
+from common.errors import PrivacyError, SecAggError, StudyError
+from common.features import FeatureMap, moment_count, range_scaling
+from common.learning.metrics import histogram_shape
+from common.models import build_student, build_teacher
+from common.privacy.budget import stage_charge
+from common.privacy.units import Trust
 from common.secagg.encoding import Encoding
 from common.secagg.terms import Terms
 from common.study import Study
-from common.tensors import digest_tensors
-from common.wire import TrainTask
+from common.tensors import digest_tensors, get_vector
+from common.wire import AggregateTask
+
+STAGES = ("statistics", "finetune", "distill", "evaluate")
 
 # Room for so many patients of one hospital in one step before a coordinate may be limited.
 _UNITS = 2**14
 
 
 def encoding_of(study: Study, stage: str, length: int) -> Encoding:
-    """How one step's clipped gradients [length] become integers with this study's noise."""
-    plan = budget_of(study).charge(stage).plan
+    """How the clipped contributions [length] of one release become integers with its noise.
+
+    Raises PrivacyError where so many hospitals and so little noise do not fit into 32 bits.
+    """
+    plan = stage_charge(study, stage).plan
     federation = study.federation
     if federation.hospitals is None:
         raise ValueError("encoding_of needs a study with trust = 'distributed'")
@@ -51,7 +66,40 @@ def _encoding(
     )
 
 
-def terms_of(study: Study, task: TrainTask, encoding: Encoding) -> Terms:
+def check_sums(study: Study) -> None:
+    """Refuse, before anything is spent, a study of which some sum does not fit into 32 bits.
+
+    Raises StudyError; studies without secure sums pass.
+    """
+    if study.privacy.trust is not Trust.DISTRIBUTED:
+        return
+    for stage, length in _lengths(study).items():
+        try:
+            encoding_of(study, stage, length)
+        except (PrivacyError, SecAggError) as error:
+            raise StudyError(
+                f"{stage}: {study.federation.hospitals} hospitals' sums with so little noise do "
+                f"not fit into 32 bits; lower ε or the number of hospitals ({error})"
+            ) from None
+
+
+def _lengths(study: Study) -> dict[str, int]:
+    """Coordinates of every sum that ``study`` makes, by stage."""
+    features = FeatureMap(study.dictionary, range_scaling(study.dictionary))
+    teacher = build_teacher(study, features)
+    teacher.encoder.requires_grad_(study.finetune.trainable == "all")
+    shape = histogram_shape(len(study.dictionary.label.classes), study.evaluation.bins)
+    found = {"finetune": get_vector(teacher).numel()}
+    if study.scaling == "private":
+        found["statistics"] = moment_count(study.dictionary)
+    if study.distill.on == "patients":
+        found["distill"] = get_vector(build_student(study, features)).numel()
+    if study.evaluation.epsilon is not None:
+        found["evaluate"] = math.prod(shape)
+    return found
+
+
+def terms_of(study: Study, task: AggregateTask, encoding: Encoding) -> Terms:
     """What this attempt is about; a different model, round or range gives different terms."""
     models = {f"teacher/{name}": one for name, one in task.teacher.items()}
     models |= {f"student/{name}": one for name, one in task.student.items()}

@@ -129,7 +129,7 @@ class ServerSession:
                 key = keys.mask_key(private, public, roster.digest, (gone, one))
                 # The survivor added it when it comes first: take that back.
                 masks.append((key, -1 if one < gone else 1))
-        apply_masks(self._total, masks)
+        apply_masks(self._total, masks, self._total)
         return Aggregate(self._total.view("<i4"), tuple(self._name(one) for one in self._survivors))
 
     def _send_roster(self) -> dict[str, bytes]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter as Tally
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import TypeVar, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.registry import StudyState
 from server.service import Service
 
+Family = TypeVar("Family", GaugeMetricFamily, CounterMetricFamily)
+
+_DAY_S = 86_400
 _METHODS = frozenset({"GET", "HEAD", "POST", "DELETE"})
 
 
@@ -49,34 +55,53 @@ class _States:
 
     def collect(self) -> Iterator[Metric]:
         """One gauge a question."""
-        registry = self._service.desk.registry
-        hospitals = Tally("revoked" if one.revoked_at else "active" for one in registry.hospitals())
-        studies = registry.studies()
-        states = Tally(one.state for one in studies)
-        yield _gauge(
-            "consilium_hospitals",
-            "Hospitals that joined",
-            "state",
-            {state: hospitals[state] for state in ("active", "revoked")},
+        desk, driver = self._service.desk, self._service.driver
+        studies, now = desk.registry.studies(), desk.clock()
+        hospitals = Tally(
+            "revoked"
+            if one.revoked_at
+            else "online"
+            if driver.nodes.get(one.node_id or 0)
+            else "offline"
+            for one in desk.registry.hospitals()
         )
-        yield _gauge(
-            "consilium_studies",
-            "Studies",
-            "state",
+        states = Tally(one.state for one in studies)
+        yield _family(
+            GaugeMetricFamily("consilium_hospitals", "Hospitals that joined", labels=["state"]),
+            {state: hospitals[state] for state in ("online", "offline", "revoked")},
+        )
+        yield _family(
+            GaugeMetricFamily("consilium_studies", "Studies", labels=["state"]),
+            {state: states[state] for state in get_args(StudyState)},
+        )
+        yield _family(
+            CounterMetricFamily(
+                "consilium_run_attempts", "Attempts at studies that ended", labels=["outcome"]
+            ),
+            {outcome: driver.outcomes[outcome] for outcome in ("finished", "failed")},
+        )
+        yield CounterMetricFamily(
+            "consilium_rounds_finished", "Finished rounds", sum(one.progress for one in studies)
+        )
+        yield _family(
+            GaugeMetricFamily(
+                "consilium_certificate_expiry_days", "Days until it ends", labels=["kind"]
+            ),
             {
-                state: states[state]
-                for state in ("offered", "running", "finished", "failed", "stopped")
+                kind: (end - now).total_seconds() / _DAY_S
+                for kind, end in desk.authority.expiries().items()
             },
         )
-        yield GaugeMetricFamily(
-            "consilium_nodes_online",
-            "Hospitals connected to Flower",
-            sum(self._service.driver.nodes.values()),
+        yield _family(
+            CounterMetricFamily(
+                "consilium_service_restarts", "Restarts of a process", labels=["service"]
+            ),
+            {name: one["restarts"] for name, one in self._service.processes().items()},
         )
         yield GaugeMetricFamily(
-            "consilium_study_failures",
-            "Attempts at running studies that failed since their last finished round",
-            sum(one.attempts for one in studies if one.state == "running"),
+            "consilium_disk_free_bytes",
+            "Free space where the coordinator's folder is",
+            shutil.disk_usage(desk.folder.path).free,
         )
 
 
@@ -109,8 +134,7 @@ class Timed:
             self._metrics.answers.labels(*labels, str(status)).inc()
 
 
-def _gauge(name: str, doc: str, label: str, values: dict[str, int]) -> GaugeMetricFamily:
-    family = GaugeMetricFamily(name, doc, labels=[label])
-    for value, count in values.items():
-        family.add_metric([value], count)
+def _family(family: Family, values: Mapping[str, float]) -> Family:
+    for label, value in values.items():
+        family.add_metric([label], value)
     return family

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from importlib import metadata
-from typing import Any
 
 from common.identity import PublicIdentity
 from common.study import Study
@@ -116,17 +114,8 @@ def status_view(service: Service) -> StatusOut:
         hospitals=len(active),
         online=sum(service.driver.nodes.values()),
         studies=dict(Counter(one.state for one in desk.registry.studies())),
-        services=_services(service),
+        services=service.processes(),
     )
-
-
-def _services(service: Service) -> dict[str, Any]:
-    """What the supervisor last wrote; empty without one."""
-    try:
-        found = json.loads((service.desk.folder.run / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _planned(study: Study) -> int:

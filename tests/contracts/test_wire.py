@@ -24,6 +24,7 @@ from common.study import Study
 from common.wire import (
     AggregateReply,
     AggregateStep,
+    AggregateTask,
     EvaluateReply,
     EvaluateTask,
     Exposure,
@@ -46,6 +47,7 @@ MESSAGES = (
     StatisticsReply,
     TrainTask,
     TrainReply,
+    AggregateTask,
     AggregateStep,
     AggregateReply,
     EvaluateTask,

@@ -40,7 +40,7 @@ def test_a_service_has_limits_and_time_to_stop(compose: dict[str, Any], side: st
     service = compose["services"][side]
     limits = service["deploy"]["resources"]["limits"]
     assert {"cpus", "memory", "pids"} == set(limits)
-    assert service["stop_grace_period"] == "2m"
+    assert service["stop_grace_period"] == {"coordinator": "2m", "hospital": "150s"}[side]
     assert service["logging"]["options"]["max-size"]
     assert service["profiles"] == [side]  # each side starts by itself
     assert service["build"]["target"] == side

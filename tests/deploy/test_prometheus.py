@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
+import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
-# What the services serve, by name and with the labels that the rules may use.
-METRICS = {
-    "consilium_hospitals": {"state"},
-    "consilium_studies": {"state"},
-    "consilium_rounds_finished_total": set(),
-    "consilium_round_seconds": set(),
-    "consilium_run_attempts_total": {"outcome"},
-    "consilium_certificate_expiry_days": {"kind"},
-    "consilium_service_restarts_total": {"service"},
-    "consilium_disk_free_bytes": set(),
-    "consilium_hospital_answers_total": {"action", "outcome"},
-    "consilium_hospital_refusals_total": {"rule"},
-    "consilium_hospital_epsilon_share_max": set(),
-    "consilium_hospital_certificate_expiry_days": set(),
-    "consilium_hospital_connected": set(),
-    "consilium_hospital_service_restarts_total": {"service"},
-    "consilium_hospital_disk_free_bytes": set(),
-}
+from client.health import AuditTally, Vitals, health_endpoint
+from client.safe import create_safe
+from common.secretfiles import replace_file
+from server.api.metrics import Metrics
+from tests.unit.coordinator import FakeClock, world_at
 
 Tool = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -36,12 +27,58 @@ def alerts(deploy: Path) -> list[dict[str, object]]:
     return [rule for group in groups for rule in group["rules"]]
 
 
-def test_alerts_ask_for_metrics_that_exist(deploy: Path) -> None:
-    for alert in alerts(deploy):
-        for name, selector in re.findall(r"(consilium_\w+)(?:\{([^}]*)\})?", str(alert["expr"])):
-            assert name in METRICS, alert["alert"]
+def families(text: str) -> dict[str, set[str]]:
+    """Names of samples in Prometheus's format, each with its labels."""
+    found: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, set()).update(sample.labels)
+    return found
+
+
+def served_by_coordinator(folder: Path) -> dict[str, set[str]]:
+    with world_at(folder, FakeClock()) as world:
+        world.join("north")
+        processes = {"nginx": {"pid": 1, "ready": True, "restarts": 0}}
+        replace_file(world.service.desk.folder.state, json.dumps(processes).encode())
+        return families(Metrics(world.service).text().decode())
+
+
+def served_by_hospital(folder: Path) -> dict[str, set[str]]:
+    safe = create_safe(folder)
+    tally = AuditTally(safe.audit_log)
+    tally.refused["budget"] += 1
+    services = {"tunnel": {"pid": 1, "ready": True, "restarts": 0}}
+    vitals = Vitals(
+        services=services,
+        clock_offset_s=0.0,
+        certificate_days=1.0,
+        largest_share=0.1,
+        disk_free_bytes=1.0,
+    )
+    with health_endpoint(0, lambda: vitals, tally) as port:
+        reply = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False)
+    return families(reply.text)
+
+
+@pytest.mark.parametrize(
+    ("group", "served"),
+    [
+        ("consilium-coordinator", served_by_coordinator),
+        ("consilium-hospital", served_by_hospital),
+    ],
+)
+def test_alerts_ask_for_what_is_served(
+    deploy: Path, tmp_path: Path, group: str, served: Callable[[Path], dict[str, set[str]]]
+) -> None:
+    metrics = served(tmp_path / "folder")
+    groups = yaml.safe_load((deploy / "prometheus" / "rules.yml").read_text())["groups"]
+    (rules,) = [one["rules"] for one in groups if one["name"] == group]
+    for alert in rules:
+        for name, selector in re.findall(r"(consilium_\w+)(?:\{([^}]*)\})?", alert["expr"]):
+            assert name in metrics, alert["alert"]
             labels = set(re.findall(r"(\w+)\s*!?=", selector))
-            assert labels <= METRICS[name], alert["alert"]
+            assert labels <= metrics[name], alert["alert"]
 
 
 def test_every_alert_says_what_to_do(deploy: Path, root: Path) -> None:

@@ -81,7 +81,7 @@ def watched(fed: HeartFederation, folder: Path) -> Iterator[Evidence]:
         fed.made.start_hospital(TAPPED)
         for one in (tap, dump):
             one.terminate()
-            one.wait(20)
+            one.communicate(timeout=20)
 
 
 def start_tap(

@@ -23,11 +23,11 @@ from common.privacy.budget import budget_of
 from common.secagg import MemoryAttempts
 from common.secagg.plan import encoding_of
 from common.study import Study
-from common.wire import AggregateReply, AggregateStep, Hello, TrainTask
-from server.aggregate import secure_update
+from common.wire import AggregateReply, AggregateTask, TrainTask
 from server.store import RunFolder
-from simulations.hospitals import World, build_world, open_world, secret_noise, seeded_noise
+from simulations.hospitals import build_world, open_world, secret_noise
 from simulations.simulate import run_in_process
+from tests.e2e.secure_link import Direct, opened, panel_of
 
 HOSPITALS = 6
 MakeHospital = Callable[..., Hospital]
@@ -51,42 +51,6 @@ def study(wisconsin: Study) -> Study:
     )
 
 
-class Direct:
-    """The link to hospitals in memory; ``lose`` says which replies never arrive."""
-
-    def __init__(
-        self, hospitals: list[Hospital], lose: Callable[[str, str, int], bool] = lambda *_: False
-    ) -> None:
-        self.hospitals = {one.name: one for one in hospitals}
-        self.lose = lose
-        self.step = 0
-        self.seen: list[bytes] = []
-
-    def ask(self, action: str, task: object, kind: type) -> Iterator[AggregateReply]:
-        self.step = 0
-        return self.ask_each(action, dict.fromkeys(self.hospitals, task), kind)
-
-    def ask_each(
-        self, action: str, tasks: dict[str, object], kind: type
-    ) -> Iterator[AggregateReply]:
-        for name, task in tasks.items():
-            hospital = self.hospitals[name]
-            assert hospital.aggregator is not None
-            if self.lose(name, action, self.step):
-                continue
-            try:
-                if isinstance(task, TrainTask):
-                    reply = hospital.aggregator.begin(hospital, task)
-                else:
-                    assert isinstance(task, AggregateStep)
-                    reply = hospital.aggregator.step(hospital, task)
-            except RefusalError:
-                continue
-            self.seen.append(reply.message)
-            yield reply
-        self.step += 1
-
-
 def task_of(study: Study) -> TrainTask:
     features = FeatureMap(study.dictionary, range_scaling(study.dictionary))
     return TrainTask(
@@ -100,22 +64,13 @@ def task_of(study: Study) -> TrainTask:
     )
 
 
-def opened(study: Study, seed: int = 1) -> tuple[World, list[Hospital]]:
-    world = build_world(study, Path())
-    return world, open_world(world, seeded_noise(seed, [one.name for one in world.sites]))
-
-
 def size_of(study: Study) -> int:
     features = FeatureMap(study.dictionary, range_scaling(study.dictionary))
     return sum(one.numel() for one in build_teacher(study, features).head.parameters())
 
 
 def update_through(study: Study, link: Direct) -> tuple[torch.Tensor, int]:
-    members = {
-        name: rounds.hello(one, Hello(study_digest=study.digest()))
-        for name, one in link.hospitals.items()
-    }
-    return secure_update(study, link, task_of(study), members, size_of(study))
+    return panel_of(study, link).update(task_of(study), size_of(study))
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
@@ -204,16 +159,13 @@ def test_every_attempt_has_noise_of_its_own(study: Study, monkeypatch: pytest.Mo
     )
     for attempt in (0, 1):
         _, hospitals = opened(spare)
-        members = {
-            one.name: rounds.hello(one, Hello(study_digest=spare.digest())) for one in hospitals
-        }
         task = replace(task_of(spare), attempt=attempt)
         link = Direct(hospitals)
         monkeypatch.setattr(
             "server.aggregate.replace",
             lambda task, attempt, now=attempt: replace(task, attempt=now),
         )
-        secure_update(spare, link, task, members, size_of(spare))
+        panel_of(spare, link).update(task, size_of(spare))
     first, second = seen[0].astype(float), seen[HOSPITALS].astype(float)
     encoding = encoding_of(spare, "finetune", len(first))
     share_std = (encoding.variance / 4) ** 0.5  # threshold 5 less one colluder
@@ -246,7 +198,7 @@ def test_a_hospital_that_was_sent_another_model_ends_the_attempt(study: Study) -
         if action == "aggregate.begin":
             name = hospitals[0].name
             task = tasks[name]
-            assert isinstance(task, TrainTask)
+            assert isinstance(task, AggregateTask)
             tasks = tasks | {name: replace(task, scaling=task.scaling * 1.5)}
         return real(action, tasks, kind)
 
@@ -321,7 +273,6 @@ def test_the_ledger_charges_a_sum_and_the_policy_may_forbid_it(
         ({"finetune__local_steps": 2}, "local_steps = 1"),
         ({"finetune__optimiser": {"kind": "adam", "learning_rate": 0.1}}, "'sgd'"),
         ({"federation__weighting": "uniform"}, "single updates"),
-        ({"scaling": "private"}, "single updates"),
         ({"federation__rule": "fedprox", "federation__proximal_mu": 0.1}, "single updates"),
         ({"federation__tolerated_dropouts": 3}, "too many"),
         ({"federation__tolerated_colluders": 5}, "too many"),

@@ -18,7 +18,7 @@ from client.safe import SafeFolder, create_safe, open_safe
 from common.auditlog import verify_log
 from common.errors import RefusalError
 from common.identity import Identity
-from common.privacy.budget import budget_of
+from common.privacy.budget import budget_of, stage_charge
 from common.study import Study, load_study
 from server.app import Job, build_server_app, read_corpus
 from server.store import RunFolder
@@ -44,7 +44,7 @@ def make_split(wisconsin: Study, folder: Path, hospitals: int, **changes: object
         path = home / "safe" / "policy.toml"
         policy = tomllib.loads(path.read_text())
         policy["release"] |= {
-            "stages": ["finetune", "evaluate"],
+            "stages": ["statistics", "finetune", "evaluate"],
             "trust": ["local", "distributed"],
             "smallest_cohort": 10,
             "fewest_peers": 1,
@@ -83,7 +83,8 @@ def enrolled(wisconsin: Study, tmp_path: Path) -> Path:
         wisconsin,
         tmp_path / "enrolled",
         5,
-        evaluation__epsilon=None,
+        scaling="private",
+        evaluation__epsilon=1.0,
         privacy__trust="distributed",
         federation__hospitals=5,
         federation__tolerated_dropouts=1,
@@ -169,8 +170,11 @@ def test_secure_sums_over_processes_that_forget(enrolled: Path, tmp_path: Path) 
     for home in (enrolled / "hospitals").iterdir():
         with open_safe(home / "safe", {}) as safe:
             entries = safe.ledger.entries()
-        assert [one.state for one in entries] == ["committed"] * 3
-        assert entries[0].declared == budget_of(study).charge("finetune").events(1)
+        assert [(one.stage, one.state) for one in entries] == [
+            (stage, "committed") for stage in ("statistics", *["finetune"] * 3, "evaluate")
+        ]
+        for one in entries:
+            assert one.declared == stage_charge(study, one.stage).events(1)
         assert list((home / "safe" / "sessions").iterdir()) == []
         assert (home / "safe" / "attempts.db").stat().st_mode & 0o077 == 0
 

@@ -170,9 +170,8 @@ def test_wrong_calls_are_our_bugs(world: Any) -> None:
         np.zeros(5, dtype=np.int64),
         np.zeros(4, dtype=np.int32),
         np.zeros(10, dtype=np.int32)[::2],
-        np.frombuffer(bytes(20), dtype=np.int32),
     ):
-        with pytest.raises(ValueError, match="expected 5 writable int32"):
+        with pytest.raises(ValueError, match="expected 5 int32"):
             client.answer(outgoing[name], wrong)
     one.step(outgoing)
     for _ in range(2):

@@ -50,7 +50,9 @@ def test_a_code_is_used_once(world: World) -> None:
     admission.join(first.join_request(code))
     with pytest.raises(RefusalError, match="unused one"):
         admission.join(FakeHospital("north").join_request(code))
-    # The same identity with another key is no repetition.
+    # The same key with another identity is no repetition, nor the reverse.
+    with pytest.raises(RefusalError, match="unused one"):
+        admission.join(FakeHospital("north", key=first.key).join_request(code))
     with pytest.raises(RefusalError, match="unused one"):
         admission.join(FakeHospital("north", identity=first.identity).join_request(code))
 

@@ -355,3 +355,12 @@ def test_the_study_in_the_run_folder_is_the_one_that_was_offered(world: World, t
     import tomllib
 
     assert parse_study(tomllib.loads(row.toml), origin="test").digest() == row.digest
+
+
+def test_a_run_is_conducted_by_one_process_at_a_time(world: World, text: str) -> None:
+    row, _ = running(world, text)
+    run = folder(world, row)
+    with run.exclusive(), pytest.raises(RunError, match="another process"), run.exclusive():
+        pass
+    with run.exclusive():
+        pass

@@ -317,12 +317,21 @@ def test_health_and_figures_hold_no_names(
     admin.get("/api/v1/studies/small")
     gate.get(f"{PREFIX}/studies", headers={HOSPITAL_HEADER: "north"})
     world.service.driver.tick()
+    state = {"nginx": {"pid": 7, "ready": True, "restarts": 2}}
+    world.service.desk.folder.state.write_text(json.dumps(state))
+    assert admin.get("/api/v1/status").json()["services"] == state
     client = client_of(office, "")
     assert client.get("/health").json() == {"status": "ok"}
     figures = client.get("/metrics").text
-    assert 'consilium_hospitals{state="active"} 2.0' in figures
+    assert 'consilium_hospitals{state="online"} 2.0' in figures
+    assert 'consilium_hospitals{state="offline"} 0.0' in figures
+    assert 'consilium_run_attempts_total{outcome="failed"} 0.0' in figures
+    assert "consilium_rounds_finished_total 0.0" in figures
+    assert 'consilium_certificate_expiry_days{kind="crl"} 7.0' in figures
+    assert 'consilium_certificate_expiry_days{kind="server"} 90.0' in figures
+    assert 'consilium_service_restarts_total{service="nginx"} 2.0' in figures
+    assert "consilium_disk_free_bytes " in figures
     assert 'consilium_studies{state="offered"} 1.0' in figures
-    assert "consilium_nodes_online 2.0" in figures
     assert 'route="/api/v1/studies/{study_id}"' in figures
     for name in ("north", "south", "small"):
         assert name not in figures

@@ -168,3 +168,65 @@ def test_they_die_with_a_killed_supervisor(tmp_path: Path) -> None:
         parent.kill()
         parent.wait()
     assert eventually(lambda: not alive(pid))
+
+
+PARENT = """
+import os, subprocess, sys, time, pathlib
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+pathlib.Path(sys.argv[1]).write_text(str(child.pid))
+time.sleep(600)
+"""
+
+
+def test_what_a_killed_service_leaves_behind_is_ended(tmp_path: Path) -> None:
+    note = tmp_path / "child"
+    one = Service(
+        name="parent",
+        argv=(sys.executable, "-c", PARENT, str(note)),
+        log=tmp_path / "log",
+        ready=lambda: note.exists() and note.read_text() != "",
+    )
+    supervisor = Supervisor([one])
+    supervisor.start()
+    try:
+        child = int(note.read_text())
+        parent = supervisor.status()["parent"]["pid"]
+        assert isinstance(parent, int)
+        os.kill(parent, signal.SIGKILL)
+
+        def is_ended() -> bool:
+            supervisor.poll()
+            return not alive(child)
+
+        assert eventually(is_ended)
+    finally:
+        supervisor.stop()
+
+
+def test_a_service_with_children_is_told_when_its_supervisor_is_killed(tmp_path: Path) -> None:
+    told, ready = tmp_path / "told", tmp_path / "ready"
+    polite = (
+        "import signal, sys, time, pathlib\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({str(told)!r}).touch(), "
+        "sys.exit()))\n"
+        f"pathlib.Path({str(ready)!r}).touch(); time.sleep(600)"
+    )
+    program = (
+        "import signal, sys, time\nfrom pathlib import Path\n"
+        "from common.supervise import Service, Supervisor\n"
+        f"one = Service(name='x', argv=(sys.executable, '-c', {polite!r}), "
+        f"log=Path({str(tmp_path / 'log')!r}), ready=Path({str(ready)!r}).exists, "
+        "death_signal=signal.SIGTERM)\n"
+        "Supervisor([one]).start()\nprint('up', flush=True)\ntime.sleep(600)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    supervisor = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert supervisor.stdout is not None
+        assert supervisor.stdout.readline() == "up\n"
+    finally:
+        supervisor.kill()
+        supervisor.communicate()
+    assert eventually(told.exists)
