@@ -141,6 +141,7 @@ def standing_answer(place: StudyFolder, public: PublicIdentity, log: AuditLog) -
         answer.verify(public, offered.offer)
     except ConsiliumError as error:
         raise RefusalError(f"{RULE}: {place.path}: {error}", rule=RULE) from None
+    log.refresh()  # a daemon's log stays open while operators decide
     newest = log.latest_on(place.digest, list(DECISIONS.values()))
     if (
         newest is None

@@ -279,4 +279,9 @@ def study_lines(facts: dict[str, Any]) -> list[str]:
         lines.append("  ✓ the policy in force permits it")
     if facts["test_noise"]:
         lines.append("  ✗ TEST NOISE: hospital.toml sets test_noise_seed; NOBODY IS PROTECTED")
-    return lines
+    return [printable(line) for line in lines]
+
+
+def printable(text: str) -> str:
+    """Without what could move a terminal's cursor: names of columns are the coordinator's words."""
+    return "".join(one if one.isprintable() else "�" for one in text)

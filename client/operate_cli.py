@@ -171,7 +171,7 @@ def studies(
     be reached.
     """
     from client.approvals import study_folders
-    from client.describe import describe_study, study_lines
+    from client.describe import describe_study, printable, study_lines
     from client.studies import find_study
     from common.auditlog import utc_now
 
@@ -184,7 +184,7 @@ def studies(
         found = [describe_study(folder, place, safe, utc_now()) for place in places]
     lines = [line for facts in found for line in (*study_lines(facts), "")]
     if trouble:
-        print(f"consilium: {trouble}", file=sys.stderr)
+        print(f"consilium: {printable(trouble)}", file=sys.stderr)
     show({"studies": found}, as_json, "\n".join(lines).rstrip() or "No study was offered yet.")
 
 

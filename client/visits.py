@@ -101,8 +101,8 @@ class Visitor:
     def _countersign(self, coordinator: Coordinator, member: Member) -> bool:
         """Have the log's head countersigned, once an hour when it has grown."""
         path = self._link.checkpoint
-        with self._log.exclusive():
-            seq, _ = self._log.head
+        self._log.refresh()
+        seq, _ = self._log.head
         if path.exists():
             age = self._clock().timestamp() - path.stat().st_mtime
             # The record of the last checkpoint is itself the next head.

@@ -111,8 +111,7 @@ class AuditLog:
         self._latest: dict[str, Record] = {}
         self._latest_on: dict[tuple[str, str], Record] = {}
         self.log_id = ""
-        with self.exclusive():
-            pass
+        self.refresh()
 
     @property
     def head(self) -> tuple[int, str]:
@@ -129,6 +128,11 @@ class AuditLog:
         """The newest record of one of ``kinds`` on a study that this process has seen."""
         found = [self._latest_on.get((kind, study_digest)) for kind in kinds]
         return max((one for one in found if one), key=lambda one: one.seq, default=None)
+
+    def refresh(self) -> None:
+        """See what other processes have appended since."""
+        with self.exclusive():
+            pass
 
     def append(self, kind: str, facts: Mapping[str, Fact]) -> Record:
         """Add one record; it is on disk when this returns. Raises AuditError otherwise."""

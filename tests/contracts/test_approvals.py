@@ -129,6 +129,17 @@ def test_from_offer_to_approval_to_withdrawal(
         assert is_approved(folder, small, again)
 
 
+def test_a_log_that_stays_open_knows_what_another_process_decided(
+    folder: Path, small: Study, safe: Safe, member: Member
+) -> None:
+    desk = Desk(offered(small, member))
+    sync_studies(folder, desk, member, safe.log)
+    with open_safe(folder, {}) as other:
+        agree(folder, small, member, other)
+    report = sync_studies(folder, desk, member, safe.log)
+    assert (report.answered, report.unusable) == ([small.digest()], {})
+
+
 def test_a_study_is_found_by_name_or_start_of_digest(
     folder: Path, small: Study, safe: Safe, member: Member
 ) -> None:

@@ -25,7 +25,7 @@ from common.checkpoint import Checkpoint, verify_log_against
 from common.enrolment import Offered
 from common.errors import ConsiliumError, LinkError, RefusalError, StudyError
 from common.identity import Identity
-from common.study import Study
+from common.study import Study, parse_study
 from tests.coordinators import FakeCoordinator
 from tests.offers import offer_of
 
@@ -153,6 +153,15 @@ def test_studies_in_words_then_approved_then_withdrawn(
     with pytest.raises(RefusalError), open_hospital(joined, small.digest()):
         pass
     assert "here: refused" in run("studies", "small")
+
+
+def test_a_coordinators_words_do_not_move_the_terminal(
+    joined: Path, coordinator: FakeCoordinator, small: Study
+) -> None:
+    tree = small.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    tree["dictionary"]["columns"][0]["name"] = "a\x1b[2Jb"
+    offer(joined, coordinator, parse_study(tree, origin="test"))
+    assert "\x1b" not in run("studies")
 
 
 def test_the_costs_are_what_the_ledger_will_charge(
