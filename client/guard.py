@@ -45,6 +45,7 @@ class Release:
     ``once``: never given again, even byte for byte. Two secure sums with one share of noise but
     other survivors would differ by one hospital's vector and that share alone.
     ``epsilon``, ``delta``: what the study promised those patients in all; None without privacy.
+    ``distance``: the part of ``delta`` set aside for noise that is only nearly Gaussian.
     """
 
     study: str
@@ -65,6 +66,7 @@ class Release:
     epsilon: float | None
     delta: float | None
     once: bool = False
+    distance: float = 0.0
 
 
 class Guard(Protocol):
@@ -247,7 +249,8 @@ def refuse_beyond_study(spent: Sequence[GaussianEvent], asked: Release) -> None:
     """Refuse what would break the promise the study made, whatever the hospital could afford."""
     if asked.epsilon is None or asked.delta is None:
         return
-    after = epsilon([*spent, *asked.events], delta=asked.delta, relation=asked.relation)
+    delta = asked.delta - asked.distance
+    after = epsilon([*spent, *asked.events], delta=delta, relation=asked.relation)
     if not after <= asked.epsilon * (1 + _SLACK):
         raise RefusalError(
             f"study.epsilon: the study promised ε = {asked.epsilon:g} to its {asked.pool} "

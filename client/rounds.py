@@ -21,7 +21,13 @@ from common.learning.loop import Gradient
 from common.learning.metrics import score_histogram
 from common.learning.records import Records
 from common.models import Student, Teacher, build_student, build_teacher
-from common.privacy.budget import Charge, evaluation_charge, stage_charge
+from common.privacy.budget import (
+    Charge,
+    budget_of,
+    evaluation_budget_of,
+    evaluation_charge,
+    stage_charge,
+)
 from common.privacy.plan import StepPlan, combine_records
 from common.privacy.units import Trust
 from common.randomness import Stream
@@ -315,6 +321,8 @@ def release_of(
     study, plan = hospital.study, charge.plan
     _sound_delta(hospital, units)
     testing = charge.stage == "evaluate"
+    budget = evaluation_budget_of(study) if testing else budget_of(study)
+    assert budget is not None  # noqa: S101  (its charge was found)
     return Release(
         study=study.name,
         study_digest=study.digest(),
@@ -332,8 +340,9 @@ def release_of(
         patients=tuple(dict.fromkeys(table.patients)),
         # The round fails below the study's minimum, so that many others take part.
         peers=study.federation.minimum_hospitals - 1,
-        epsilon=study.evaluation.epsilon if testing else study.privacy.epsilon,
-        delta=study.privacy.delta,
+        epsilon=budget.epsilon,
+        delta=budget.delta,
+        distance=budget.distance,
     )
 
 

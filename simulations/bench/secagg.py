@@ -1,8 +1,9 @@
 """What secure aggregation costs: one hospital's work, the coordinator's, bytes and memory.
 
 Beside it, in the same run: the AES-256-CTR keystreams alone, by OpenSSL's plain CTR (one for each
-peer, one for the hospital itself; vector AES can be faster, see ``common.secagg.masks``), and Flower's SecAgg+ from float update to upload with its own functions,
-without its key agreement. Noise is timed apart: Flower's has none.
+peer, one for the hospital itself; vector AES can be faster, see ``common.secagg.masks``), and
+Flower's SecAgg+ from float update to upload with its own functions, without its key agreement.
+Noise is timed apart: Flower's has none.
 """
 
 from __future__ import annotations

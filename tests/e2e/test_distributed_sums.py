@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from client import aggregation, rounds
-from client.guard import MemoryGuard
+from client.guard import MemoryGuard, Release, refuse_beyond_study
 from client.hospital import Hospital
 from client.summands import summand_of
 from common.errors import RefusalError, RunError, StudyError
@@ -308,6 +309,34 @@ def test_every_attempt_is_charged_to_its_patients_and_no_more_than_budgeted(
         how = encoding_of(spare, stage, made.length)
         with pytest.raises(RefusalError, match="the study promised"):
             aggregation._vector(hospitals[4], replace(task_of(spare, stage), attempt=2), made, how)
+
+
+@pytest.mark.parametrize("stage", ["statistics", "evaluate"])
+def test_the_gate_counts_at_the_delta_that_is_left(
+    study: Study, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is set aside for Skellam noise cannot be spent a second time."""
+    asked: list[Release] = []
+    real = MemoryGuard.release
+
+    def heard(guard: MemoryGuard, one: Release, compute: Any) -> torch.Tensor:
+        asked.append(one)
+        return real(guard, one, compute)
+
+    monkeypatch.setattr(MemoryGuard, "release", heard)
+    _, hospitals = opened(study)
+    summed(study, stage, Direct(hospitals))
+    budget = evaluation_budget_of(study) if stage == "evaluate" else budget_of(study)
+    assert budget is not None
+    for one in asked:
+        assert (one.epsilon, one.delta) == (budget.epsilon, budget.delta)
+        assert one.distance == budget.distance > 0
+        refuse_beyond_study([], one)
+        with pytest.raises(RefusalError, match="the study promised"):
+            refuse_beyond_study(
+                [event for charge in budget.charges for event in charge.events()],
+                replace(one, events=(), distance=one.delta * (1 - 1e-6)),  # type: ignore[operator]
+            )
 
 
 @pytest.mark.parametrize("stage", ["statistics", "evaluate"])
