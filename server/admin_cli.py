@@ -51,11 +51,13 @@ def enroll(name: NameArgument, folder: FolderOption = Path(), as_json: JsonOptio
     """
     with _client(folder) as client:
         made = client.post("hospitals", {"name": name})
-    text = (
-        f"{made['code']}\n\nGive this code to {name} alone, by a channel of its own; it is used "
-        f"up by `consilium hospital join` and expires at {made['expires_at']}."
-    )
-    _emit(as_json, made, text)
+    _emit(as_json, made, made["code"])
+    if not as_json:  # apart from the code, so that `enroll NAME > FILE` holds the code alone
+        typer.echo(
+            f"Give this code to {name} alone, by a channel of its own; it is used up by "
+            f"`consilium hospital join` and expires at {made['expires_at']}.",
+            err=True,
+        )
 
 
 @_commands.command("revoke", epilog="Example: consilium coordinator revoke north")
