@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from client.budget import BudgetReport, budget_report
-from client.consent import withdraw as withdraw_consent
-from client.hospitalfile import write_template
 from client.operate_cli import AsJson, Folder, operate_app, show
-from client.policyfile import parse_policy, sign_policy
-from client.safe import SafeFolder, create_safe, open_safe
 from common.auditlog import Fact, read_records, utc_now, verify_log
 from common.checkpoint import Checkpoint, make_checkpoint, verify_checkpoint, verify_log_against
 from common.errors import AuditError, PolicyError
 from common.identity import PublicIdentity
+
+if TYPE_CHECKING:
+    from client.budget import BudgetReport
 
 hospital_app = typer.Typer(
     name="hospital",
@@ -52,6 +50,9 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Create a hospital: keys, a signed default policy, an empty ledger, a log, a hospital.toml."""
+    from client.hospitalfile import write_template
+    from client.safe import create_safe
+
     created = create_safe(folder)
     settings = write_template(folder)
     fingerprint = created.public().fingerprint
@@ -69,6 +70,8 @@ def init(
 )
 def policy_show(folder: Folder = Path(), as_json: AsJson = False) -> None:
     """Print the policy in force."""
+    from client.safe import SafeFolder, open_safe
+
     with open_safe(folder) as safe:
         policy = safe.policy()
     show(policy.model_dump(mode="json"), as_json, SafeFolder(folder).policy.read_text())
@@ -79,6 +82,9 @@ def policy_show(folder: Folder = Path(), as_json: AsJson = False) -> None:
 )
 def policy_sign(folder: Folder = Path(), as_json: AsJson = False) -> None:
     """Check the policy, sign it and put it in force."""
+    from client.policyfile import sign_policy
+    from client.safe import open_safe
+
     with open_safe(folder) as safe:
         digest = sign_policy(safe.folder.policy, safe.identity, safe.log)
     show({"policy_digest": digest}, as_json, f"In force: policy {digest[:16]}…")
@@ -91,6 +97,9 @@ def policy_check(
     as_json: AsJson = False,
 ) -> None:
     """Check a draft, or that the policy in force is the one signed last."""
+    from client.policyfile import parse_policy
+    from client.safe import open_safe
+
     if draft is None:
         with open_safe(folder) as safe:
             safe.policy()
@@ -107,6 +116,9 @@ def policy_check(
 @hospital_app.command(epilog="Example: consilium hospital budget --json")
 def budget(folder: Folder = Path(), as_json: AsJson = False) -> None:
     """Show what was spent, by which study, what remains and how many more rounds fit."""
+    from client.budget import budget_report
+    from client.safe import open_safe
+
     with open_safe(folder) as safe:
         report = budget_report(safe.ledger, safe.policy().limits(), utc_now())
     if as_json:
@@ -126,6 +138,9 @@ def withdraw(
 
     Ids on the command line stay in the shell's history; a file does not.
     """
+    from client.consent import withdraw as withdraw_consent
+    from client.safe import open_safe
+
     try:
         listed = file.read_text(encoding="utf-8").splitlines() if file else []
     except (OSError, UnicodeDecodeError) as error:
@@ -144,6 +159,8 @@ def log_show(
     as_json: AsJson = False,
 ) -> None:
     """Print the newest records of the audit log."""
+    from client.safe import SafeFolder
+
     records = list(read_records(SafeFolder(folder).audit_log))[-last:]
     lines = [
         f"{one.seq:>6} {one.time:%Y-%m-%d %H:%M:%S} {one.kind:<15} "
@@ -167,6 +184,8 @@ def log_verify(
     as_json: AsJson = False,
 ) -> None:
     """Find any edit, deletion or reordering; with a checkpoint also a cut end. Needs no secret."""
+    from client.safe import SafeFolder
+
     place = SafeFolder(folder)
     if (checkpoint is None) != (coordinator is None):
         raise AuditError("verify: expected --checkpoint and --coordinator together")
@@ -196,6 +215,8 @@ def log_checkpoint(
     folder: Folder = Path(),
 ) -> None:
     """Print a signed checkpoint for the coordinator, or record its countersigned answer."""
+    from client.safe import open_safe
+
     if (countersigned is None) != (coordinator is None):
         raise AuditError("checkpoint: expected the answer and --coordinator together")
     with open_safe(folder) as safe:

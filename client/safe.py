@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from client.attempts import DurableAttempts, SessionFolder
 from client.ledger import Ledger
 from client.policy import Policy
 from client.policyfile import default_text, load_policy, sign_policy
@@ -37,6 +37,9 @@ from common.secretfiles import (
     replace_file,
     write_secret,
 )
+
+if TYPE_CHECKING:
+    from client.attempts import DurableAttempts, SessionFolder
 
 _LEDGER_PURPOSE = "ledger secret"
 _NOISE_PURPOSE = "noise key"
@@ -98,10 +101,14 @@ class Safe:
 
     def attempts(self) -> DurableAttempts:
         """The steps this hospital has taken in secure sums."""
+        from client.attempts import DurableAttempts  # noqa: PLC0415 (it loads torch)
+
         return DurableAttempts(self.folder.path / "attempts.db")
 
     def sessions(self) -> SessionFolder:
         """Secure sums that wait for the coordinator's next message."""
+        from client.attempts import SessionFolder  # noqa: PLC0415 (it loads torch)
+
         return SessionFolder(self.folder.path / "sessions", self._key)
 
     def noise(self) -> SecretNoise:

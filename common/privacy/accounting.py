@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-import dp_accounting
-
 from common.errors import PrivacyError
 from common.privacy import pld
 from common.privacy.units import Relation
@@ -86,6 +84,8 @@ def library_epsilon(events: Iterable[Event], *, delta: float, relation: Relation
     Statements are checked against it: two implementations must fail alike to mislead anyone.
     """
     check_delta(delta)
+    import dp_accounting  # noqa: PLC0415 (a second to load, and only statements need it)
+
     neighbours = {
         Relation.ADD_REMOVE: dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
         Relation.REPLACE_ONE: dp_accounting.NeighboringRelation.REPLACE_ONE,

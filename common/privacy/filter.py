@@ -16,9 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import dp_accounting
-from dp_accounting.rdp import RdpAccountant
-
 from common.errors import PrivacyError
 from common.privacy.accounting import GaussianEvent, check_delta, merged
 from common.privacy.units import Relation
@@ -110,6 +107,9 @@ def _event_renyi(event: GaussianEvent, order: float, relation: Relation) -> floa
         return event.steps * 2.0 * order / sigma**2  # the sum moves by two clip norms
     if event.sampling_rate == 1.0:
         return event.steps * order / (2.0 * sigma**2)  # Mironov 2017, proposition 7
+    import dp_accounting  # noqa: PLC0415 (a second to load)
+    from dp_accounting.rdp import RdpAccountant  # noqa: PLC0415
+
     accountant = RdpAccountant([order], dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
     accountant.compose(
         dp_accounting.PoissonSampledDpEvent(

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.fft import irfft, next_fast_len, rfft
-from scipy.signal import fftconvolve
 from scipy.special import ndtr
 
 Floats = NDArray[np.float64]
@@ -280,7 +279,7 @@ def _convolve(first: LossPmf, second: LossPmf) -> LossPmf:
         first = _coarser(first)
     while second.exponent > first.exponent:
         second = _coarser(second)
-    probs = np.maximum(fftconvolve(first.probs, second.probs), 0.0)
+    probs = np.maximum(_convolved(first.probs, second.probs), 0.0)
     infinite = first.infinite + second.infinite + _FFT_ERROR
     return _settled(_trimmed(first.exponent, first.lowest + second.lowest, probs, infinite))
 
@@ -325,3 +324,11 @@ def _trimmed(exponent: int, lowest: int, probs: Floats, infinite: float) -> Loss
         probs=kept,
         infinite=infinite + float(probs[stop:].sum()),
     )
+
+
+def _convolved(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The full linear convolution, by real transforms."""
+    length = len(left) + len(right) - 1
+    size = next_fast_len(length, real=True)
+    product = rfft(left, size) * rfft(right, size)
+    return np.asarray(irfft(product, size)[:length])

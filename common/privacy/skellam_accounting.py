@@ -38,7 +38,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from dp_accounting.rdp import compute_epsilon
 from numpy.typing import NDArray
 from scipy.special import gammaln, logsumexp
 
@@ -116,6 +115,8 @@ def epsilon(events: Iterable[Event], *, delta: float, relation: Relation) -> flo
         total += _cached_rdp(event, relation)
     if not total.any():
         return 0.0
+    from dp_accounting.rdp import compute_epsilon  # noqa: PLC0415 (a second to load)
+
     return float(compute_epsilon(ORDERS, total, delta)[0])
 
 
