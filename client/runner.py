@@ -97,6 +97,7 @@ def main() -> None:
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("flwr").propagate = False  # it writes for itself, in colours
     run = given.folder / "run"
     app = build_client_app(lambda _context, digest: open_hospital(given.folder, digest))
     endpoint = Endpoint(given.address, (run / "loopback-ca.pem").read_bytes())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 class Service:
     """One process. ``ready`` is polled after each start, ``ready_s`` at most.
 
-    ``log`` takes its output; it is moved aside (``.1``) at a start that finds it large.
+    ``log`` takes its output; what is in it is moved aside (``.1``) whenever it grows large.
     ``pass_fds``: file descriptors it inherits. ``stop_s``: how long it may take to end.
     ``death_signal``: what the kernel sends it when its supervisor is killed; a program with
     children of its own, which no signal reaches, needs one it can act on.
@@ -100,6 +101,7 @@ class Supervisor:
         """Restart what has died, after a wait that doubles with each early death."""
         now = time.monotonic()
         for one in self._running:
+            _keep_small(one.service.log)
             if one.process is None:
                 if now >= one.next_start:
                     one.restarts += 1
@@ -150,8 +152,7 @@ class Supervisor:
     def _launch(self, one: _Running) -> None:
         service = one.service
         service.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if service.log.exists() and service.log.stat().st_size > _LARGEST_LOG:
-            service.log.replace(service.log.with_name(service.log.name + ".1"))
+        _keep_small(service.log)
         with open(service.log, "ab", opener=_private) as output:
             one.process = subprocess.Popen(
                 service.argv,
@@ -195,6 +196,14 @@ def end_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> Non
 
 def _end_with_parent(parent: int, number: signal.Signals) -> Callable[[], None]:
     return lambda: end_with_parent(parent, number)
+
+
+def _keep_small(log: Path) -> None:
+    """Move a large log's content aside (``.1``); its writer only ever appends, and goes on."""
+    with suppress(OSError):
+        if log.stat().st_size > _LARGEST_LOG:
+            shutil.copy2(log, log.with_name(log.name + ".1"))
+            os.truncate(log, 0)
 
 
 def _private(path: str, flags: int) -> int:

@@ -40,6 +40,7 @@ _SECRET_BYTES = 32
 # Flower reports usage, looks up updates and installs what a bundle asks for unless told not to.
 QUIET_FLOWER = {
     "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_LOG_LEVEL": "WARNING",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -99,7 +99,9 @@ def conduct_task(runs: Path, endpoint: Endpoint, token: str) -> None:
         if path is not None:
             # A ConsiliumError speaks of settings and counts of hospitals; anything else may not.
             spoken = str(error) if isinstance(error, ConsiliumError) else type(error).__name__
-            passing = isinstance(error, RunError | KeyboardInterrupt)
+            passing = isinstance(
+                error, RunError | KeyboardInterrupt | OSError
+            )  # OSError: a full disk
             RunFolder(path).write_json("failure.json", {"message": spoken, "is_passing": passing})
         raise
     finally:
@@ -171,6 +173,7 @@ def main() -> None:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("flwr").propagate = False  # it writes for itself, in colours
     run = given.folder / "run"
     endpoint = Endpoint(given.address, (run / "loopback-ca.pem").read_bytes())
     Runner(given.folder / "runs", endpoint, (run / "superexec.secret").read_bytes()).run()

@@ -65,7 +65,7 @@ def study_view(service: Service, row: StudyRow) -> StudyOut:
         refused=list(standing.refused),
         pending=list(standing.pending),
         missing=standing.missing,
-        rounds_finished=len(rounds),
+        rounds_finished=sum(one.hospitals > 0 for one in rounds),  # public stages have none
         rounds_planned=_planned(study),
         epsilon_spent=spent[-1] if spent else None,
         failed_attempts=row.attempts,
@@ -119,4 +119,5 @@ def status_view(service: Service) -> StatusOut:
 
 
 def _planned(study: Study) -> int:
-    return study.finetune.rounds + (study.distill.rounds if study.distill.on == "patients" else 0)
+    distilling = study.distill.rounds if study.distill.on == "patients" else 0
+    return (study.scaling == "private") + study.finetune.rounds + distilling

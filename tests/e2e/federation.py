@@ -22,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 CONSILIUM = (sys.executable, "-m", "simulations.cli")
+DISK_MIB = 256
 COORDINATOR_IP = "192.0.2.1"  # TEST-NET-1 (RFC 5737), inside the namespaces alone
 
 
@@ -83,7 +84,7 @@ class Host:
         return ("ip", "netns", "exec", self.namespace)
 
     def command(self, *arguments: str, fails: bool = False, timeout_s: float = 120) -> str:
-        """A command's output; it must succeed, or fail where that is expected (then its error)."""
+        """A command's output; it must succeed, or fail where that is expected."""
         done = subprocess.run(
             [*self.inside, *CONSILIUM, *arguments],
             check=False,
@@ -95,20 +96,21 @@ class Host:
         )
         if fails:
             assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
-            return done.stderr
+            return done.stdout + done.stderr
         assert done.returncode == 0, (arguments, done.stdout, done.stderr)
         return done.stdout
 
     def json(self, *arguments: str) -> Any:
         return json.loads(self.command(*arguments, "--json"))
 
-    def start(self, *arguments: str) -> None:
+    def start(self, *arguments: str, **more: str) -> None:
+        """Start the service; ``more``: environment variables of its own."""
         log = (self.folder.parent / f"{self.name}.out").open("ab")
         self.service = subprocess.Popen(
             [*self.inside, *CONSILIUM, *arguments],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=self.environ,
+            env=self.environ | more,
             cwd=self.folder.parent,
             start_new_session=True,
         )
@@ -234,9 +236,9 @@ class Federation:
         host.command("hospital", "join", "--file", str(code), "--folder", str(host.folder))
         return host
 
-    def start_hospital(self, name: str) -> None:
+    def start_hospital(self, name: str, **more: str) -> None:
         host = self.hospitals[name]
-        host.start("hospital", "start", "--folder", str(host.folder))
+        host.start("hospital", "start", "--folder", str(host.folder), **more)
 
     def study(self, study_id: str) -> Any:
         return next(one for one in self.ask("studies") if one["id"] == study_id)
@@ -256,11 +258,16 @@ def federation(folder: Path, names: list[str]) -> Iterator[Federation]:
         name: value for name, value in os.environ.items() if not name.startswith("CONSILIUM_")
     } | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     hosts: list[Host] = []
+    disk = folder / "coordinator"
     try:
+        disk.mkdir(mode=0o700)
+        # A disk of its own, so that it can be filled up.
+        tmpfs = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m,mode=700", "tmpfs", str(disk)]
+        subprocess.run(tmpfs, check=True)
         for number, name in enumerate(["coordinator", *names]):
             address = f"192.0.2.{number + 1}"
             home = folder / name
-            home.mkdir(mode=0o700)
+            home.mkdir(mode=0o700, exist_ok=True)
             hosts.append(Host(name, network.attach(address), address, home / "data", environ))
         made = Federation(folder, network, hosts[0], {one.name: one for one in hosts[1:]})
         made.coordinator.command(
@@ -276,6 +283,7 @@ def federation(folder: Path, names: list[str]) -> Iterator[Federation]:
             if host.service is not None and host.service.poll() is None:
                 host.crash()
         network.remove()
+        subprocess.run(["umount", str(disk)], check=False, capture_output=True)
 
 
 def _alive(pid: int) -> bool:

@@ -31,6 +31,7 @@ from tests.e2e.heart_federation import (
 
 pytestmark = needs_federation
 
+FAKETIME = Path(f"/usr/lib/{os.uname().machine}-linux-gnu/faketime/libfaketime.so.1")
 ENTRIES = "SELECT COUNT(*) FROM entry"
 OF_STUDY = "json_extract(facts, '$.study_digest') = ?"
 
@@ -175,6 +176,45 @@ def test_a_slow_and_lossy_line_is_only_slow(fed: HeartFederation, tmp_path: Path
         settled(fed, study_id, 108, tmp_path)
     finally:
         host.shape()
+
+
+def test_the_coordinators_disk_fills_up_and_is_freed(fed: HeartFederation, tmp_path: Path) -> None:
+    study_id = fed.submit(heart(110))
+    fed.wait_rounds(study_id, 1)
+    filler = fed.made.coordinator.folder.parent / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(2**16))
+    runner = fed.made.coordinator.folder / "logs" / "runner.log"
+    rounds = len(fed.run(study_id).metrics())
+    time.sleep(20)
+    assert len(fed.run(study_id).metrics()) <= rounds + 1
+    filler.unlink()
+    settled(fed, study_id, 110, tmp_path)
+    assert "Traceback" not in runner.read_text()
+
+
+@pytest.mark.skipif(not FAKETIME.exists(), reason="needs libfaketime (Debian: faketime)")
+def test_a_hospital_whose_clock_is_two_hours_off_sits_out(fed: HeartFederation) -> None:
+    host = fed.made.hospitals["va"]
+    host.stop()
+    records = (host.folder / "audit.log").read_bytes()
+    fed.made.start_hospital("va", LD_PRELOAD=str(FAKETIME), FAKETIME="+2h")
+
+    def is_off() -> bool:
+        told = host.command("hospital", "status", "--folder", str(host.folder), fails=True)
+        return "clock off" in told
+
+    wait_for(is_off, 90, "the daemon notices its clock")
+    study_id = fed.submit(heart(111), approve=[name for name in NAMES if name != "va"])
+    fed.made.ask("begin", study_id)
+    fed.wait_finished(study_id)
+    assert set(fed.hospitals_by_round(study_id)) == {len(NAMES) - 1}
+    host.stop()
+    # Nothing was signed under a time that a corrected clock would contradict.
+    assert (host.folder / "audit.log").read_bytes() == records
+    fed.made.start_hospital("va")
+    wait_for(lambda: fed.made.status()["online"] == len(NAMES), 120, "va is back")
 
 
 def test_a_revoked_hospital_is_out_and_the_others_go_on(fed: HeartFederation) -> None:
