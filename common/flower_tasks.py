@@ -59,12 +59,25 @@ from flwr.supercore.interceptors import (
     SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.run import RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
 from common.errors import RunError
+
+__all__ = [
+    "ClientTask",
+    "Control",
+    "Endpoint",
+    "NodeState",
+    "RunNotRunningException",
+    "RunState",
+    "TaskQueue",
+    "node_activations",
+    "run_server_task",
+]
 
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _KINDS = {"client": TaskType.CLIENT_APP, "server": TaskType.SERVER_APP}

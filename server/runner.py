@@ -24,11 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import httpx
 from flwr.app import Context
 from flwr.serverapp import ServerApp
 
 from common.errors import ConsiliumError, RunError
-from common.flower_tasks import Endpoint, TaskQueue, node_activations, run_server_task
+from common.flower_tasks import (
+    Endpoint,
+    RunNotRunningException,
+    TaskQueue,
+    node_activations,
+    run_server_task,
+)
 from common.study import Study
 from common.supervise import end_with_parent
 from server.app import Job, build_server_app, log_progress, read_corpus
@@ -40,6 +47,8 @@ STUDY_SETTING = "study"  # the one setting of a run: which folder below runs/
 _logger = logging.getLogger(__name__)
 
 _POLL_S = 0.2
+# Too few hospitals, a full disk, a SuperLink that went away and took the run with it, our own end.
+_PASSING = (RunError, OSError, httpx.HTTPError, RunNotRunningException, KeyboardInterrupt)
 _STUDY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
@@ -99,9 +108,7 @@ def conduct_task(runs: Path, endpoint: Endpoint, token: str) -> None:
         if path is not None:
             # A ConsiliumError speaks of settings and counts of hospitals; anything else may not.
             spoken = str(error) if isinstance(error, ConsiliumError) else type(error).__name__
-            passing = isinstance(
-                error, RunError | KeyboardInterrupt | OSError
-            )  # OSError: a full disk
+            passing = isinstance(error, _PASSING)
             RunFolder(path).write_json("failure.json", {"message": spoken, "is_passing": passing})
         raise
     finally:
