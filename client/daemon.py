@@ -37,6 +37,7 @@ from client.linkfolder import (
 )
 from client.safe import SafeFolder, open_safe
 from client.services import (
+    RUNNER,
     SUPERNODE,
     Wiring,
     free_port,
@@ -297,6 +298,9 @@ class Daemon:
             replace_file(self._folder / "run" / "state.json", json.dumps(facts).encode())
 
     def _on_event(self, event: Event) -> None:
+        if (event.service, event.kind) == (RUNNER, "died"):
+            # The SuperNode would wait for ever for what died with it; a new one is asked again.
+            self._supervisors[0].signal(SUPERNODE, signal.SIGTERM)
         self._event(f"service_{event.kind}", service=event.service, pid=event.pid, code=event.code)
 
     def _event(self, event: str, **facts: str | int | None) -> None:

@@ -3,6 +3,9 @@
 It stands where Flower would start a program that runs whatever code the coordinator shipped. Each
 message gets a process of its own, forked from this one, in which everything is loaded already:
 whatever becomes of it, the next message meets a clean one, and the coordinator gets an answer.
+
+A SuperNode cannot forget a task whose answer was lost on the way to it, and waits for ever. Then
+the runner ends with ``LOST``, the daemon starts both anew, and the coordinator asks again.
 """
 
 from __future__ import annotations
@@ -21,13 +24,15 @@ from flwr.clientapp import ClientApp
 
 from client.app import build_client_app
 from client.hospital import open_hospital
-from common.flower_tasks import ClientTask, Endpoint, TaskQueue
+from common.flower_tasks import ClientTask, Endpoint, RunNotRunningException, TaskQueue
 from common.supervise import end_with_parent
 
 _logger = logging.getLogger(__name__)
 
+LOST = 3  # exit code: a task was lost between here and the SuperNode
+
 _POLL_S = 0.1
-_LOST = "failed (the hospital's process ended early); see the hospital's log"
+_ENDED_EARLY = "failed (the hospital's process ended early); see the hospital's log"
 
 
 class Runner:
@@ -41,8 +46,8 @@ class Runner:
         self._stopping = False
         self._child = 0
 
-    def run(self) -> None:
-        """Serve until SIGTERM; a second one also ends the task in hand."""
+    def run(self) -> int:
+        """Serve until SIGTERM (a second one also ends the task in hand); the exit code."""
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         while not self._stopping:
@@ -52,21 +57,28 @@ class Runner:
                 continue
             try:
                 self._serve(ClientTask.pull(self._endpoint, token))
-            except (httpx.HTTPError, RuntimeError) as error:
-                # The SuperNode went away with its tasks; the coordinator will ask again.
+            except (httpx.HTTPError, RunNotRunningException, RuntimeError) as error:
                 _logger.warning("a task was lost: %s", type(error).__name__)
+                return LOST
+        return 0
 
     def _serve(self, task: ClientTask) -> None:
         me = os.getpid()
+        answered, answering = os.pipe()
         self._child = os.fork()  # no thread runs here: heartbeats begin below
         if self._child == 0:
-            _child(task, self._app, me)
+            _child(task, self._app, me, answering)
+        os.close(answering)
         with task.kept_alive():
             _, status = os.waitpid(self._child, 0)
         self._child = 0
+        with os.fdopen(answered, "rb") as pipe:
+            was_sending = bool(pipe.read())
         if status != 0:
             _logger.error("a task's process ended early (status %d)", status)
-            task.fail(_LOST)
+            if was_sending:
+                raise RuntimeError("half an answer is at the SuperNode")
+            task.fail(_ENDED_EARLY)
 
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
         if self._stopping and self._child:
@@ -74,19 +86,26 @@ class Runner:
         self._stopping = True
 
 
-def _child(task: ClientTask, app: ClientApp, parent: int) -> None:
-    """Answer and end; nothing of the parent's clean-up runs here."""
+def _child(task: ClientTask, app: ClientApp, parent: int, answering: int) -> None:
+    """Answer and end; nothing of the parent's clean-up runs here.
+
+    ``answering``: a pipe on which the parent is told that sending begins.
+    """
     code = 1
     try:
         end_with_parent(parent)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # draining: the parent decides
-        task.answer(app)
+        task.answer(app, lambda: _say(answering))
         code = 0
     except BaseException as error:
         _logger.error("answering failed: %s", type(error).__name__)
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def _say(descriptor: int) -> None:
+    os.write(descriptor, b"1")
 
 
 def main() -> None:
@@ -101,7 +120,7 @@ def main() -> None:
     run = given.folder / "run"
     app = build_client_app(lambda _context, digest: open_hospital(given.folder, digest))
     endpoint = Endpoint(given.address, (run / "loopback-ca.pem").read_bytes())
-    Runner(endpoint, (run / "superexec.secret").read_bytes(), app).run()
+    sys.exit(Runner(endpoint, (run / "superexec.secret").read_bytes(), app).run())
 
 
 if __name__ == "__main__":

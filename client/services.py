@@ -87,7 +87,7 @@ def outer_services(wiring: Wiring, check_stop: Callable[[], None]) -> list[Servi
     supernode = Service(
         name=SUPERNODE,
         argv=(
-            str(Path(sys.executable).with_name("flower-supernode")),
+            *(sys.executable, "-m", "client.supernode"),
             *("--superlink", f"127.0.0.1:{wiring.tunnel.getsockname()[1]}"),
             *("--root-certificates", str(run / "loopback-ca.pem")),
             *("--auth-supernode-private-key", f"/proc/self/fd/{wiring.node_key}"),

@@ -146,9 +146,14 @@ class ClientTask:
             client.close()
         return cls(endpoint, token, message, context)
 
-    def answer(self, app: ClientApp) -> None:
-        """Send what the installed ``app`` answers. Raises what the transport raises."""
-        self._send(app(message=self._message, context=self._context), SubStatus.COMPLETED, "")
+    def answer(self, app: ClientApp, on_answer: Callable[[], None] = lambda: None) -> None:
+        """Send what the installed ``app`` answers. Raises what the transport raises.
+
+        ``on_answer`` is called when the answer is there and before any of it is sent.
+        """
+        reply = app(message=self._message, context=self._context)
+        on_answer()
+        self._send(reply, SubStatus.COMPLETED, "")
 
     def fail(self, reason: str) -> None:
         """Answer in place of a process that died: the coordinator learns ``reason``, no more."""

@@ -132,7 +132,7 @@ def test_the_coordinator_is_killed_and_goes_on_by_itself(
 def test_a_supernode_is_killed_while_it_trains(fed: HeartFederation, tmp_path: Path) -> None:
     study_id = fed.submit(heart(105))
     fed.wait_rounds(study_id, 1)
-    fed.made.hospitals["hungarian"].kill("flower-supernode")
+    fed.made.hospitals["hungarian"].kill("client.supernode")
     fed.wait_finished(study_id)
     assert min(fed.hospitals_by_round(study_id)) >= len(NAMES) - 1
     covered(fed, study_id, 105)

@@ -1,0 +1,76 @@
+"""Flower's SuperNode with one of its loops mended: each message waits for its own answer.
+
+Flower's loop pulls a message, then waits for *an* answer and sends it. Where a run ends, or the
+SuperLink goes away, while a message is being fetched, the task stays behind and is answered later:
+from then on every answer leaves one message late, for ever. Here answers that nobody waits for are
+sent as well, and the wait goes on until the message just pulled is answered.
+
+``python -m client.supernode …`` takes what ``flower-supernode`` takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flwr.app import Message
+from flwr.supernode import start_client_internal as loop
+from flwr.supernode.cli import flower_supernode
+
+Pull = Callable[..., int | None]
+Push = Callable[..., None]
+
+
+class Exchange:
+    """The two steps of Flower's loop, in step with each other."""
+
+    def __init__(self, pull: Pull, push: Push) -> None:
+        """``pull``, ``push``: Flower's own steps."""
+        self._pull, self._push = pull, push
+        self._waiting = ""
+
+    def pull(self, *, receive: Callable[[], Any], **rest: Any) -> int | None:
+        """Fetch a message, and note which."""
+
+        def noted() -> Any:
+            received = receive()
+            if received is not None:
+                self._waiting = received[0].metadata.message_id
+            return received
+
+        return self._pull(receive=noted, **rest)
+
+    def push(self, *, state: Any, **rest: Any) -> None:
+        """Send all answers there are until the noted message's is among them."""
+        seen = _Seen(state)
+        while self._waiting not in seen.answered:
+            self._push(state=seen, **rest)
+
+
+class _Seen:
+    """A node's state that remembers which messages' answers were taken out of it."""
+
+    def __init__(self, state: Any) -> None:
+        self._state = state
+        self.answered: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+    def get_messages_legacy(self, **choice: Any) -> Sequence[Message]:
+        """See Flower's ``NodeState``."""
+        found: Sequence[Message] = self._state.get_messages_legacy(**choice)
+        self.answered |= {one.metadata.reply_to_message_id for one in found}
+        return found
+
+
+def main() -> None:
+    """Run the SuperNode."""
+    exchange = Exchange(loop._pull_and_store_message, loop._push_messages)
+    loop._pull_and_store_message = exchange.pull  # type: ignore[assignment]
+    loop._push_messages = exchange.push  # type: ignore[assignment]
+    flower_supernode()
+
+
+if __name__ == "__main__":
+    main()
