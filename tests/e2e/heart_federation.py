@@ -138,6 +138,10 @@ def heart_federation(folder: Path, *, canary: str = "") -> Iterator[HeartFederat
                 _with_identifiers(host.folder / "records.csv", f"{canary}-{name}")
             settings = (source / "hospital.toml").read_text()
             (host.folder / "hospital.toml").write_text(f'safe = "."\n{settings}')
+            policy = host.folder / "policy.toml"
+            both = 'trust = ["local", "distributed"]'
+            policy.write_text(policy.read_text().replace('trust = ["local"]', both))
+            host.command("hospital", "policy", "sign", "--folder", str(host.folder))
             made.start_hospital(name)
         wait_for(lambda: made.status()["online"] == len(NAMES), 120, "all hospitals online")
         yield HeartFederation(made, folder)

@@ -155,6 +155,21 @@ def test_result_equals_the_simulation(fed: HeartFederation, tmp_path: Path) -> N
     assert "guarantee" in json.dumps(statement)  # test noise: it says that nothing is guaranteed
 
 
+def test_a_secure_sum_between_real_hospitals(fed: HeartFederation, tmp_path: Path) -> None:
+    """Five exchanges a round; the coordinator holds nothing but the noised sum."""
+    study = heart(
+        4,
+        rounds=2,
+        privacy__trust="distributed",
+        federation__hospitals=len(NAMES),
+        federation__tolerated_dropouts=1,
+    )
+    study_id = fed.submit(study)
+    fed.wait_finished(study_id)
+    assert fed.hospitals_by_round(study_id) == [len(NAMES)] * 2
+    assert_equal(fed.student(study_id), simulated(study, tmp_path / "simulated"))
+
+
 def test_nothing_of_a_patient_leaves_its_hospital(fed: HeartFederation, tmp_path: Path) -> None:
     study = heart(2, dictionary__patient_id="patient")
     with watched(fed, tmp_path) as evidence:
