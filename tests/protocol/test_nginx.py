@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -117,12 +118,14 @@ class Entrance:
     path: Path
     bound: dict[str, str] = field(default_factory=dict)
 
-    def member(self, name: str, authority: Authority | None = None) -> Member:
+    def member(self, name: str, authority: Authority | None = None, *, days_ago: int = 0) -> Member:
+        """With a certificate for one day, issued so many days ago."""
         key = ec.generate_private_key(ec.SECP384R1())
-        from datetime import UTC, datetime
-
         issued = (authority or self.authority).issue(
-            name, certificate_request(key, name), now=datetime.now(UTC), days=1
+            name,
+            certificate_request(key, name),
+            now=datetime.now(UTC) - timedelta(days=days_ago),
+            days=1,
         )
         files = (self.path / f"{issued.serial}.pem", self.path / f"{issued.serial}.key")
         files[0].write_text(issued.certificate)
@@ -244,8 +247,6 @@ def test_a_certificate_of_an_enrolled_name_alone_is_not_enough(door: Any) -> Non
 
 
 def test_a_certificate_of_another_authority_is_refused(door: Any, tmp_path: Path) -> None:
-    from datetime import UTC, datetime
-
     key = WrappingKey(key=b"k" * 32)
     other = Authority.create(tmp_path / "pki", key=key, now=datetime.now(UTC))
     false = door.member("north", other)
@@ -253,6 +254,14 @@ def test_a_certificate_of_another_authority_is_refused(door: Any, tmp_path: Path
         status, answer = door.ask(path, false, key=door.north.public_key)
         assert status == 403
         assert "revoked, expired or unknown" in answer["error"]
+
+
+def test_an_expired_certificate_is_refused(door: Any) -> None:
+    old = door.member("north", days_ago=3)
+    for path in (FLEET, f"{PREFIX}/studies"):
+        status, answer = door.ask(path, old, key=old.public_key)
+        assert status == 403
+        assert "expired" in answer["error"]
 
 
 def test_the_hospital_api_is_told_who_calls_by_nginx_alone(door: Any) -> None:
