@@ -11,7 +11,6 @@ sent. A second signal ends everything at once; the ledger is safe either way.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -49,6 +48,7 @@ from client.tunnel import listen
 from client.visits import Visitor
 from common.auditlog import utc_now
 from common.errors import ConsiliumError, RunError
+from common.instance import running_instance, single_instance
 from common.jsonlog import JsonLog
 from common.secretfiles import WrappingKey, replace_file
 from common.supervise import Event, Service, Supervisor
@@ -104,7 +104,8 @@ class Daemon:
     def run(self) -> None:
         """Run until told to stop. Raises ConsiliumError when something essential is missing."""
         with ExitStack() as stack:
-            stack.enter_context(single_instance(self._folder))
+            advice = "`consilium hospital stop` ends it"
+            stack.enter_context(single_instance(lock_of(self._folder), advice))
             for finding in Examination(self._folder).findings(ESSENTIAL):
                 if not finding.is_well:
                     raise RunError(f"{finding.name}: {finding.text}")
@@ -324,40 +325,14 @@ class Daemon:
                 signal.signal(number, handler)
 
 
-@contextmanager
-def single_instance(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. Raises RunError when another daemon does."""
-    run = folder / "run"
-    run.mkdir(mode=0o700, exist_ok=True)
-    descriptor = os.open(run / "daemon.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"{folder}: its daemon is running already (process {_pid(descriptor)}); "
-                f"`consilium hospital stop` ends it"
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def running_daemon(folder: Path) -> int | None:
     """The process id of the folder's daemon; None when none runs."""
-    try:
-        descriptor = os.open(folder / "run" / "daemon.lock", os.O_RDWR)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _pid(descriptor)
-    finally:
-        os.close(descriptor)
-    return None
+    return running_instance(lock_of(folder))
+
+
+def lock_of(folder: Path) -> Path:
+    """The file that the folder's daemon holds locked."""
+    return folder / "run" / "daemon.lock"
 
 
 def stop_daemon(folder: Path, *, wait_s: float, at_once: bool = False) -> bool:
@@ -389,8 +364,3 @@ def daemon_state(folder: Path) -> Vitals | None:
         return Vitals()
     facts.pop("pid", None)
     return Vitals(**facts)
-
-
-def _pid(descriptor: int) -> int:
-    text = os.pread(descriptor, 20, 0).decode("ascii", "replace")
-    return int(text) if text.isdigit() else 0

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.environ import QUIET_SERVICE
 from common.errors import RunError
 from common.loopback import make_loopback_certificate
 from common.secretfiles import KEY_FILE_VARIABLE, KEY_VARIABLE, PASSPHRASE_VARIABLE, replace_file
@@ -26,12 +27,6 @@ from common.supervise import Service
 
 TUNNEL, SUPERNODE, RUNNER = "tunnel", "supernode", "runner"
 
-_FLOWER = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_LOG_LEVEL": "WARNING",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-}
 _SECRETS = (KEY_VARIABLE, KEY_FILE_VARIABLE, PASSPHRASE_VARIABLE)
 
 
@@ -66,7 +61,7 @@ def outer_services(wiring: Wiring, check_stop: Callable[[], None]) -> list[Servi
     """The way to the coordinator. ``check_stop`` may raise, to end a start that is under way."""
     folder, run, logs = wiring.folder, wiring.folder / "run", wiring.folder / "logs"
     descriptor = wiring.tunnel.fileno()
-    environ = dict(os.environ) | _FLOWER
+    environ = dict(os.environ) | QUIET_SERVICE
     tunnel = Service(
         name=TUNNEL,
         argv=(
@@ -116,7 +111,7 @@ def runner_service(wiring: Wiring) -> Service:
             *(sys.executable, "-m", "client.runner", str(folder)),
             f"127.0.0.1:{wiring.runtime_port}",
         ),
-        environ=dict(os.environ) | _FLOWER | {"FLWR_HOME": str(folder / "run" / "flower")},
+        environ=dict(os.environ) | QUIET_SERVICE | {"FLWR_HOME": str(folder / "run" / "flower")},
         log=folder / "logs" / "runner.log",
         stop_s=wiring.drain_s,
     )

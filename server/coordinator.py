@@ -13,7 +13,6 @@ be killed at any moment, and the next start goes on from there.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -23,12 +22,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from common.environ import QUIET_SERVICE
 from common.errors import RunError
+from common.instance import running_instance, single_instance
 from common.loopback import LoopbackCertificate, make_loopback_certificate
 from common.secretfiles import replace_file
 from common.supervise import Event, Service, Supervisor
@@ -37,16 +38,6 @@ from server.settings import CoordinatorFolder, CoordinatorSettings
 
 _POLL_S = 0.2
 _SECRET_BYTES = 32
-# Flower reports usage, looks up updates and installs what a bundle asks for unless told not to.
-QUIET_FLOWER = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_LOG_LEVEL": "WARNING",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "OMP_NUM_THREADS": "1",
-}
-
 _logger = logging.getLogger(__name__)
 
 
@@ -58,7 +49,7 @@ def run_coordinator(path: Path, on_ready: Callable[[], None] = lambda: None) -> 
     folder = CoordinatorFolder(path.resolve())
     settings = folder.load_settings()
     _check_machine(settings)
-    with _only_one(folder):
+    with single_instance(folder.pid, "`consilium coordinator stop` ends it"):
         made = make_loopback_certificate(folder.run)
         replace_file(folder.run / "superexec.secret", secrets.token_bytes(_SECRET_BYTES))
         supervisor = Supervisor(services(folder, settings, made, os.environ), _log_event)
@@ -96,7 +87,7 @@ def services(
     flower.mkdir(mode=0o700, exist_ok=True)
     # The keys are for the API alone; whatever else runs here does without.
     plain = {name: value for name, value in environ.items() if not name.startswith("CONSILIUM_")}
-    quiet = plain | QUIET_FLOWER | {"FLWR_HOME": str(flower)}
+    quiet = plain | QUIET_SERVICE | {"FLWR_HOME": str(flower)}
     superlink = f"127.0.0.1:{settings.superlink_port}"
     return [
         Service(
@@ -119,7 +110,7 @@ def services(
             name="api",
             argv=(sys.executable, "-m", "server.api", str(folder.path)),
             log=folder.logs / "api.log",
-            environ=dict(environ) | QUIET_FLOWER,
+            environ=dict(environ) | QUIET_SERVICE,
             ready=_listens("127.0.0.1", settings.admin_port),
         ),
         Service(
@@ -142,14 +133,7 @@ def services(
 
 def running_pid(folder: CoordinatorFolder) -> int | None:
     """The process of this folder's coordinator; None when none runs."""
-    try:
-        with folder.pid.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return int(folder.pid.read_text())
-    except OSError:
-        return None
-    return None
+    return running_instance(folder.pid)
 
 
 def stop_coordinator(folder: CoordinatorFolder, timeout_s: float = 60.0) -> None:
@@ -164,24 +148,6 @@ def stop_coordinator(folder: CoordinatorFolder, timeout_s: float = 60.0) -> None
         if time.monotonic() > deadline:
             raise RunError(f"process {pid} did not stop within {timeout_s:.0f} s; see its logs")
         time.sleep(_POLL_S)
-
-
-@contextmanager
-def _only_one(folder: CoordinatorFolder) -> Iterator[None]:
-    """Hold the folder: the lock ends with the process, however that ends."""
-    folder.run.mkdir(mode=0o700, exist_ok=True)
-    with open(folder.pid, "a+b", opener=_private) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"{folder.path}: a coordinator runs here already (process "
-                f"{folder.pid.read_text().strip()}); `consilium coordinator stop` ends it"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()).encode())
-        file.flush()
-        yield
 
 
 def _check_machine(settings: CoordinatorSettings) -> None:

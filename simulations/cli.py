@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-# Flower reports usage and looks up updates unless told not to, before its first import.
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
-# On networks this small, threads spend their time waiting for each other.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from common.environ import QUIET
+
+# Before the first import of Flower and torch.
+for _name, _value in QUIET.items():
+    os.environ.setdefault(_name, _value)
 
 import click
 import typer

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -26,15 +26,18 @@ from typing import Any
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from common.environ import QUIET
 from common.errors import RunError
 from common.features import FeatureMap, range_scaling
 from common.flower_tasks import Control, Endpoint
 from common.loopback import make_loopback_certificate
 from common.models import build_teacher
 from common.study import Study, parse_study
-from common.supervise import Service, Supervisor
+from common.supervise import Supervisor
 from common.tensors import get_vector
+from server.coordinator import services as coordinator_services
 from server.runner import STUDY_SETTING, prepare
+from server.settings import CoordinatorFolder, CoordinatorSettings
 from server.store import RunFolder
 from simulations.bench.load_driver import public_pem
 
@@ -42,7 +45,6 @@ NODES, ROUNDS = (10, 200), 20
 _HIDDEN = (1000, 980)
 _SAMPLE_S = 0.25
 _LONGEST_S = 3600.0
-_BIN = Path(sys.executable).parent
 
 
 def load(data_folder: Path, nodes: tuple[int, ...] = NODES, rounds: int = ROUNDS) -> dict[str, Any]:
@@ -122,44 +124,14 @@ def _study(rounds: int) -> Study:
 @contextmanager
 def _superlink(folder: Path) -> Iterator[tuple[Endpoint, Supervisor]]:
     """The coordinator's SuperLink and task runner, as `consilium coordinator start` has them."""
-    run = folder / "run"
-    run.mkdir(mode=0o700)
-    made = make_loopback_certificate(run)
-    (run / "superexec.secret").write_bytes(secrets.token_bytes(32))
-    port = _free_port()
-    address = f"127.0.0.1:{port}"
-    environ = os.environ | {
-        "FLWR_HOME": str(folder / "flower"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    services = Supervisor(
-        [
-            Service(
-                name="superlink",
-                argv=(
-                    str(_BIN / "flower-superlink"),
-                    *("--host", "127.0.0.1", "--port", str(port), "--isolation", "process"),
-                    *("--ssl-certfile", str(made.certificate), "--ssl-keyfile", str(made.key)),
-                    *("--ssl-ca-certfile", str(made.ca), "--enable-supernode-auth"),
-                    *("--database", str(folder / "superlink.db")),
-                    *("--superexec-auth-secret-file", str(run / "superexec.secret")),
-                    "--disable-runtime-dependency-installation",
-                ),
-                log=folder / "superlink.log",
-                environ=environ,
-                ready=_listening(port),
-                stop_s=3,
-            ),
-            Service(
-                name="runner",
-                argv=(sys.executable, "-m", "server.runner", str(folder), address),
-                log=folder / "runner.log",
-                environ=environ,
-            ),
-        ]
-    )
+    at = CoordinatorFolder(folder)
+    at.run.mkdir(mode=0o700)
+    made = make_loopback_certificate(at.run)
+    (at.run / "superexec.secret").write_bytes(secrets.token_bytes(32))
+    settings = CoordinatorSettings(host=("localhost",), superlink_port=_free_port())
+    address = f"127.0.0.1:{settings.superlink_port}"
+    parts = {one.name: one for one in coordinator_services(at, settings, made, os.environ)}
+    services = Supervisor([parts["superlink"], parts["runner"]])
     services.start()
     try:
         yield Endpoint(address, made.ca.read_bytes()), services
@@ -208,7 +180,7 @@ def _hospitals(folder: Path, plan: Path) -> Iterator[None]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0"},
+            env=os.environ | QUIET,
         )
         assert driver.stdin is not None and driver.stdout is not None  # noqa: S101
         try:
@@ -274,11 +246,3 @@ def _free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
-
-
-def _listening(port: int) -> Callable[[], bool]:
-    def ready() -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) == 0
-
-    return ready

@@ -77,6 +77,20 @@ def test_the_wait_is_for_the_message_that_was_pulled() -> None:
     assert node.sent == [left_behind.metadata.message_id, now.metadata.message_id]
 
 
+def test_it_asks_often_while_a_study_is_under_way_and_seldom_afterwards() -> None:
+    times = iter([0.0, 1.0, 1.0, 70.0])
+    answers = iter([None, 7, None, None])
+    exchange = Exchange(
+        lambda receive, **_: next(answers), loop._push_messages, clock=lambda: next(times)
+    )
+    assert exchange.pull(receive=lambda: None) is None  # idle from the start: Flower's own pace
+    assert exchange.pull(receive=lambda: None) == 7
+    begun = time.monotonic()
+    assert exchange.pull(receive=lambda: None) is None  # asked twice before it gave up
+    assert time.monotonic() - begun >= 0.5
+    assert next(answers, "asked for all") == "asked for all"
+
+
 def test_flowers_own_loop_would_not_have_waited() -> None:
     """When this fails, Flower has mended it, and ``client/supernode.py`` can go."""
     node, left_behind, now = Node(), asked(1), asked(2)

@@ -19,13 +19,14 @@ from typing import Any
 import pytest
 import tomli_w
 
-from client.daemon import daemon_state, running_daemon, single_instance, stop_daemon
+from client.daemon import daemon_state, lock_of, running_daemon, stop_daemon
 from client.link import join
 from client.linkfolder import LinkFolder
 from client.safe import create_safe
 from common.enrolment import Offered
 from common.errors import RunError
 from common.identity import Identity
+from common.instance import single_instance
 from common.secretfiles import WrappingKey
 from common.study import Study
 from tests.coordinators import FakeCoordinator, read_all
@@ -164,7 +165,7 @@ def test_it_serves_reports_restarts_and_drains(
             health = json.load(page)
         assert health["state"] == "serving"
         assert set(health["services"]) == {"tunnel", "supernode", "runner"}
-        with pytest.raises(RunError, match="running already"), single_instance(folder):
+        with pytest.raises(RunError, match="running already"), single_instance(lock_of(folder), ""):
             pass
         wait_for(lambda: (folder / "studies" / small.digest() / "offer.json").exists())
         # A program that dies is started again.
