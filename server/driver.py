@@ -19,13 +19,16 @@ from server.desk import Desk, UnavailableError
 from server.federation import Federation
 from server.registry import StudyRow, StudyState
 from server.runner import failure_of, prepare
+from server.store import RunFolder
 from server.studies import Studies
 
 POLL_S = 3.0
 ATTEMPTS = 3  # failures without progress, unless they may pass by themselves
 
 _NODES_EVERY = timedelta(seconds=15)  # the SuperLink logs each look
-_FIRST_WAIT, _LONGEST_WAIT = timedelta(seconds=15), timedelta(minutes=30)
+_FIRST_WAIT, _LONGEST_WAIT = timedelta(seconds=5), timedelta(minutes=30)
+# Flower counts a run as running until its heartbeats have been missing for a minute or two.
+_ABANDONED = timedelta(seconds=10)
 
 _logger = logging.getLogger(__name__)
 
@@ -43,6 +46,7 @@ class Driver:
         self._studies = studies
         self.nodes: Mapping[int, bool] = {}
         self._nodes_at: datetime | None = None
+        self._idle_since: dict[int, datetime] = {}
         self.outcomes: Counter[str] = Counter()  # of attempts since this process began
 
     def run(self, stopping: threading.Event) -> None:
@@ -115,7 +119,8 @@ class Driver:
             if row.next_attempt_at is None or self._desk.clock() >= row.next_attempt_at:
                 self._attempt(row)
             return
-        status = self._federation.run_status(row.run_id)
+        run_id = row.run_id
+        status = self._federation.run_status(run_id)
         rounds = len(folder.metrics())
         if rounds > row.progress:
             self._change(row, progress=rounds, attempts=0, last_error="")
@@ -124,6 +129,17 @@ class Driver:
             self._change(row, run_id=None, next_attempt_at=self._desk.clock())
         elif status != "running":
             self._failed(row, status)
+        elif self._is_abandoned(run_id, folder):
+            self._federation.stop_run(run_id)
+            self._failed(row, "failed")
+
+    def _is_abandoned(self, run_id: int, folder: RunFolder) -> bool:
+        """Whether an attempt that counts as running has had no process for a while."""
+        if folder.is_held():
+            self._idle_since.pop(run_id, None)
+            return False
+        now = self._desk.clock()
+        return now - self._idle_since.setdefault(run_id, now) > _ABANDONED
 
     def _attempt(self, row: StudyRow) -> None:
         standing = self._studies.standing(row)

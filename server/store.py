@@ -24,6 +24,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from common.files import write_atomically
 from common.study import Study, load_study
 from common.tensors import load_tensors, save_tensors
 
+_LOOK_S = 0.5
 _PACKAGES = ("flwr", "torch", "opacus", "numpy", "dp-accounting", "cryptography")
 
 
@@ -92,10 +94,20 @@ class RunFolder:
         """
         descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _locked(descriptor, wait_s=_LOOK_S):
+                raise RunError(f"{self.path}: another process conducts this run; wait for it")
             yield
-        except BlockingIOError:
-            raise RunError(f"{self.path}: another process conducts this run; wait for it") from None
+        finally:
+            os.close(descriptor)
+
+    def is_held(self) -> bool:
+        """Whether a process conducts the run right now (see ``exclusive``)."""
+        try:
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            return not _locked(descriptor, wait_s=0.0)
         finally:
             os.close(descriptor)
 
@@ -171,6 +183,19 @@ class RunFolder:
         return (
             self.read_json("checkpoint.json") if (self.path / "checkpoint.json").exists() else None
         )
+
+
+def _locked(descriptor: int, *, wait_s: float) -> bool:
+    """Take the lock; whether that went well in time. (``is_held`` has it for an instant.)"""
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_LOOK_S / 10)
 
 
 def environment(study: Study) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ def test_a_failed_attempt_is_repeated_after_waits_that_double(world: World, text
         world.clock.now += wait
         tick(world)
         assert len(world.federation.started) == attempt + 1
-    assert waits == [15, 30, 60, 120, 240, 480, 960, 1800]
+    assert waits == [5, 10, 20, 40, 80, 160, 320, 640]
     assert found.last_error == "too few hospitals came"
     # A finished round starts the waits anew.
     folder(world, row).log({"stage": "finetune", "round": 1, "hospitals": 2, "epsilon": 1.0})
@@ -219,6 +220,30 @@ def test_a_failed_attempt_is_repeated_after_waits_that_double(world: World, text
     end(world, row, message="again")
     tick(world)
     assert world.service.studies.find(row.id).attempts == 1
+
+
+def test_an_attempt_whose_process_was_killed_is_not_waited_for(world: World, text: str) -> None:
+    """Flower would count it as running for another minute or two."""
+    row, _ = running(world, text)
+    with folder(world, row).exclusive():
+        for _ in range(3):
+            world.clock.pass_by(hours=1)
+            tick(world)
+        assert world.federation.started == [row.id]
+    tick(world)
+    world.clock.now += timedelta(seconds=9)
+    tick(world)
+    assert world.service.studies.find(row.id).attempts == 0
+    first = world.service.studies.find(row.id).run_id
+    world.clock.now += timedelta(seconds=2)
+    tick(world)
+    found = world.service.studies.find(row.id)
+    assert (found.state, found.attempts) == ("running", 1)
+    assert first is not None
+    assert world.federation.run_status(first) == "failed"
+    world.clock.now += timedelta(seconds=6)
+    tick(world)
+    assert world.federation.started == [row.id] * 2
 
 
 def test_an_error_that_will_not_pass_fails_the_study_after_three_attempts(
