@@ -43,6 +43,7 @@ class Flower:
     secret: bytes
     control: Control
     node_id: int
+    supernode: Supervisor
 
 
 def free_port() -> int:
@@ -75,7 +76,9 @@ def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
     secret = folder / "secret"
     secret.write_bytes(secrets.token_bytes(32))
     link, node = free_port(), free_port()
-    environ = os.environ | {"FLWR_HOME": str(folder / "home")}
+    (folder / "home").mkdir()
+    root = str(Path(__file__).parents[2])
+    environ = os.environ | {"FLWR_HOME": str(folder / "home"), "PYTHONPATH": root}
     tls = (
         *("--ssl-certfile", str(made.certificate), "--ssl-keyfile", str(made.key)),
         *("--ssl-ca-certfile", str(made.ca), "--isolation", "process"),
@@ -113,7 +116,7 @@ def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
         supernode = Service(
             name="supernode",
             argv=(
-                str(BIN / "flower-supernode"),
+                *(sys.executable, "-m", "client.supernode"),
                 *("--superlink", f"127.0.0.1:{link}", "--root-certificates", str(made.ca)),
                 *("--auth-supernode-private-key", str(folder / "node.key")),
                 *("--port", str(node), *tls),
@@ -133,6 +136,7 @@ def flower(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flower]:
                 secret.read_bytes(),
                 control,
                 node_id,
+                inner,
             )
         finally:
             inner.stop()
@@ -249,6 +253,25 @@ def test_tasks_are_given_to_those_who_hold_the_secret(flower: Flower) -> None:
         assert next_task(flower.link, flower.secret, "server")
     finally:
         flower.control.stop_run(run)
+
+
+def test_a_killed_supernode_is_back_before_its_heartbeats_are_missed(flower: Flower) -> None:
+    """Flower's own would be turned away for up to a minute."""
+    killed = flower.supernode.status()["supernode"]["pid"]
+    assert isinstance(killed, int)
+    os.kill(killed, signal.SIGKILL)
+    begun = time.monotonic()
+
+    def is_back() -> bool:
+        flower.supernode.poll()
+        found = flower.supernode.status()["supernode"]
+        return bool(found["ready"]) and found["pid"] not in (None, killed)
+
+    wait_for(is_back)
+    log = flower.supernode._running[0].service.log  # the node was activated by the first try
+    wait_for(lambda: log.read_text().count("SuperNode ID:") >= 2)
+    assert time.monotonic() - begun < 25
+    assert flower.supernode.status()["supernode"]["restarts"] == 1
 
 
 def test_a_superlink_that_is_away_is_an_error_of_one_line(tmp_path: Path) -> None:

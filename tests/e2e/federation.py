@@ -160,13 +160,6 @@ class Host:
         """Pull the network cable, or put it back."""
         ip("-n", self.namespace, "link", "set", "eth0", "down" if off else "up")
 
-    def shape(self, *rule: str) -> None:
-        """Slow or lossy line: a ``tc netem`` rule on its cable; none takes it away."""
-        tc = [*self.inside, "tc", "qdisc"]
-        subprocess.run([*tc, "del", "dev", "eth0", "root"], check=False, capture_output=True)
-        if rule:
-            subprocess.run([*tc, "add", "dev", "eth0", "root", "netem", *rule], check=True)
-
 
 @dataclass
 class Network:
