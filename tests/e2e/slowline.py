@@ -14,7 +14,7 @@ CHUNK = 16_384  # with the delay: about 200 kB a second each way
 
 
 async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    chance = random.Random(0)
+    chance = random.Random(0)  # noqa: S311 (the same gaps each time)
     try:
         while data := await reader.read(CHUNK):
             await asyncio.sleep(GAP_S if chance.random() < GAP_CHANCE else DELAY_S)
