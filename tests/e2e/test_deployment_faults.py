@@ -244,5 +244,5 @@ def test_a_revoked_hospital_is_out_and_the_others_go_on(fed: HeartFederation) ->
     fed.wait_finished(study_id, 300)
     assert fed.hospitals_by_round(study_id)[-1] == len(NAMES) - 1
     host = fed.made.hospitals["switzerland"]
-    told = host.command("hospital", "studies", "--folder", str(host.folder), fails=True)
+    told = host.command("hospital", "check", "--folder", str(host.folder), fails=True)
     assert "revoked" in told
