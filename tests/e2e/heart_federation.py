@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +66,13 @@ class HeartFederation:
         path.write_text(as_deployed(study).to_toml())
         offered = self.made.ask("submit", str(path))
         digest = offered["digest"]
-        for name in NAMES if approve is None else approve:
-            self.approve(name, digest)
+        with ThreadPoolExecutor() as operators:
+            asked = [
+                operators.submit(self.approve, name, digest)
+                for name in (NAMES if approve is None else approve)
+            ]
+        for one in asked:
+            one.result()
         return str(offered["id"])
 
     def approve(self, name: str, digest: str) -> None:
@@ -76,7 +83,14 @@ class HeartFederation:
         return next(one for one in self.made.status()["list"] if one["id"] == study_id)
 
     def wait_finished(self, study_id: str, seconds: float = 240) -> Any:
+        """Until it has ended, well; looked at on disk, and asked now and then."""
+        result, asked = self.run(study_id).path / "result.json", time.monotonic()
+
         def ended() -> Any:
+            nonlocal asked
+            if not result.exists() and time.monotonic() - asked < 15:
+                return None
+            asked = time.monotonic()
             try:
                 found = self.state(study_id)
             except AssertionError:  # the coordinator is down at the moment
