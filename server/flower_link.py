@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 
 from common.errors import MessageError, RunError
 from common.flower import pack, unpack
+from common.flower_tasks import NODE_UNAVAILABLE
 from common.wire import Hello, HelloReply
 
 Reply = TypeVar("Reply")
@@ -32,7 +33,8 @@ _POLL_S, _LONGEST_POLL_S = 0.02, 0.5
 _ASSEMBLY_S = 60.0  # how long a study waits for all its hospitals before it goes on with enough
 _GREETING_S = 60.0
 _PULLED_AT_ONCE = 4  # replies held in memory together, whatever the number of hospitals
-_RESEND_CHECK_S = 5.0
+_RESEND_CHECK_S = 2.0
+_RETURN_S = 20.0  # how long a hospital that went away is waited for: its software may be restarting
 _SLACK = timedelta(seconds=1)
 
 
@@ -56,6 +58,7 @@ class _Waiting:
     content: RecordDict
     sent_at: datetime
     ids: set[str] = field(default_factory=set)
+    away_until: float | None = None  # on the monotonic clock: then it is given up
 
 
 class GridLink:
@@ -118,7 +121,10 @@ class GridLink:
         pause_s = _POLL_S
         while waiting and time.monotonic() < deadline:
             for one, message in (arrived := self._arrived(waiting)):
-                if one in waiting:  # a message sent twice may be answered twice
+                if self._is_away(message):
+                    one.ids.discard(message.metadata.reply_to_message_id)
+                    one.away_until = one.away_until or time.monotonic() + _RETURN_S
+                elif one in waiting:  # a message sent twice may be answered twice
                     waiting.remove(one)
                     reply = self._read(one.node, message, kind)
                     if reply is not None:
@@ -129,6 +135,7 @@ class GridLink:
             if time.monotonic() > check:
                 self._send_again(action, waiting)
                 check = time.monotonic() + _RESEND_CHECK_S
+            waiting = [one for one in waiting if not self._is_given_up(action, one)]
         if waiting:
             nodes = ", ".join(self._called(one.node) for one in waiting)
             _logger.warning("%s: no answer in time from %s", action, nodes)
@@ -164,9 +171,25 @@ class GridLink:
         lost = [
             one for one in waiting if one.node in since and since[one.node] > one.sent_at + _SLACK
         ]
+        for one in lost:
+            one.away_until = None
         if lost:
             _logger.info("%s: sent again to %d hospitals that started anew", action, len(lost))
             self._send(action, lost)
+
+    def _is_away(self, message: Message) -> bool:
+        """Whether this is no answer, but the SuperLink's word that the hospital is away."""
+        return (
+            self._enrolled is not None
+            and message.has_error()
+            and message.error.code == NODE_UNAVAILABLE
+        )
+
+    def _is_given_up(self, action: str, one: _Waiting) -> bool:
+        if one.away_until is None or time.monotonic() < one.away_until:
+            return False
+        _logger.warning("%s: %s is away", action, self._called(one.node))
+        return True
 
     def _read(self, node: int, message: Message, kind: type[Reply]) -> Reply | None:
         if message.has_error():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -12,6 +13,7 @@ from flwr.app import Error, Message
 
 from common.errors import RunError
 from common.flower import pack
+from common.flower_tasks import NODE_UNAVAILABLE
 from common.wire import Hello, HelloReply, TrainReply, TrainTask
 from server import flower_link
 from server.flower_link import Enrolled, GridLink
@@ -126,6 +128,35 @@ def test_one_that_is_only_slow_is_not_asked_twice() -> None:
     world.loses = {3}
     assert {one.hospital for one in link.ask("train", TASK, TrainReply)} == {"north", "south"}
     assert world.received.count(3) == 1
+
+
+def test_one_that_went_away_is_waited_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    away = Error(code=NODE_UNAVAILABLE, reason="no heartbeat")
+    first = {3}
+
+    def answer(node: int) -> Any:
+        if node in first:
+            first.discard(node)
+            world.since[node] = datetime.now(UTC) + timedelta(seconds=2)  # it is back at once
+            return away
+        return update(node)
+
+    world = World(answer)
+    found = [one.hospital for one in world.link().ask("train", TASK, TrainReply)]
+    assert sorted(found) == ["east", "north", "south"]
+
+
+def test_one_that_stays_away_is_given_up_before_the_round_ends(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(flower_link, "_RETURN_S", 0.2)
+    away = Error(code=NODE_UNAVAILABLE, reason="no heartbeat")
+    world = World(lambda node: away if node == 3 else update(node))
+    begun = time.monotonic()
+    found = [one.hospital for one in world.link(timeout_s=30).ask("train", TASK, TrainReply)]
+    assert sorted(found) == ["north", "south"]
+    assert time.monotonic() - begun < 10
+    assert "train: east is away" in caplog.text
 
 
 def test_failures_are_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
