@@ -20,10 +20,12 @@ from pathlib import Path
 
 import pytest
 
+from common.study import Study
 from tests.e2e.federation import COORDINATOR_IP, ROOT, wait_for
 from tests.e2e.heart_federation import (
     NAMES,
     HeartFederation,
+    as_deployed,
     assert_equal,
     heart,
     heart_federation,
@@ -44,17 +46,22 @@ def fed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeartFederation]:
         yield running
 
 
-def settled(fed: HeartFederation, study_id: str, seed: int, folder: Path, **changes: int) -> None:
-    """The study ended with all four hospitals in every round, and as if nothing had happened."""
-    fed.wait_finished(study_id)
+def whole(seed: int) -> Study:
+    """A study of which no round counts without all four hospitals."""
+    return heart(seed, federation__minimum_hospitals=len(NAMES))
+
+
+def settled(fed: HeartFederation, study_id: str, study: Study, folder: Path) -> None:
+    """The ``whole`` study ended as if nothing had happened."""
+    fed.wait_finished(study_id, 300)
     assert set(fed.hospitals_by_round(study_id)) == {len(NAMES)}
-    assert_equal(fed.student(study_id), simulated(heart(seed, **changes), folder / "simulated"))
-    covered(fed, study_id, seed, **changes)
+    assert_equal(fed.student(study_id), simulated(study, folder / "simulated"))
+    covered(fed, study_id, study)
 
 
-def covered(fed: HeartFederation, study_id: str, seed: int, **changes: int) -> None:
-    """Each hospital was charged for at least every answer of its that the coordinator used."""
-    digest = heart(seed, **changes).revised(simulation=None).digest()
+def covered(fed: HeartFederation, study_id: str, study: Study) -> None:
+    """The ledgers hold at least every answer that the coordinator used."""
+    digest = as_deployed(study).digest()
     rounds = fed.hospitals_by_round(study_id)
     charged = [ledger_entries(fed, name, digest) for name in NAMES]
     assert sum(charged) >= sum(rounds), (charged, rounds)
@@ -103,45 +110,49 @@ def kept_down(fed: HeartFederation, part: str, seconds: float) -> Iterator[None]
 def test_the_superlink_is_killed_and_stays_away(
     fed: HeartFederation, tmp_path: Path, outage_s: int, seed: int
 ) -> None:
-    study_id = fed.submit(heart(seed))
+    study = whole(seed)
+    study_id = fed.submit(study)
     fed.wait_rounds(study_id, 1)
     with kept_down(fed, "flower-superlink", outage_s):
         pass
-    settled(fed, study_id, seed, tmp_path)
+    settled(fed, study_id, study, tmp_path)
 
 
 def test_the_conducting_process_is_killed(fed: HeartFederation, tmp_path: Path) -> None:
-    study_id = fed.submit(heart(103))
+    study = whole(103)
+    study_id = fed.submit(study)
     fed.wait_rounds(study_id, 1)
     runner = fed.made.coordinator.pid_of("server.runner")
     conducting = wait_for(
         lambda: Path(f"/proc/{runner}/task/{runner}/children").read_text().split(), 30, "a run"
     )
     os.kill(int(conducting[0]), signal.SIGKILL)
-    settled(fed, study_id, 103, tmp_path)
+    settled(fed, study_id, study, tmp_path)
 
 
 def test_the_coordinator_is_killed_and_goes_on_by_itself(
     fed: HeartFederation, tmp_path: Path
 ) -> None:
-    study_id = fed.submit(heart(104))
+    study = whole(104)
+    study_id = fed.submit(study)
     fed.wait_rounds(study_id, 1)
     fed.made.coordinator.crash()
     fed.made.start_coordinator()
-    settled(fed, study_id, 104, tmp_path)
+    settled(fed, study_id, study, tmp_path)
 
 
 def test_a_supernode_is_killed_while_it_trains(fed: HeartFederation, tmp_path: Path) -> None:
-    study_id = fed.submit(heart(105))
+    study = whole(105)
+    study_id = fed.submit(study)
     fed.wait_rounds(study_id, 1)
     fed.made.hospitals["hungarian"].kill("client.supernode")
-    settled(fed, study_id, 105, tmp_path)
+    settled(fed, study_id, study, tmp_path)
 
 
 def test_a_task_is_killed_between_reserving_and_releasing(fed: HeartFederation) -> None:
     """What was reserved stays spent; the hospital sits out what no longer fits, the study ends."""
-    study_id = fed.submit(heart(106, finetune__local_steps=150))
-    digest = heart(106, finetune__local_steps=150).revised(simulation=None).digest()
+    study = heart(106, finetune__local_steps=150)
+    study_id, digest = fed.submit(study), as_deployed(study).digest()
     host = fed.made.hospitals["cleveland"]
     runner = host.pid_of("client.runner")
     wait_for(lambda: unresolved(fed, "cleveland", digest), 120, "a reservation")
@@ -151,11 +162,12 @@ def test_a_task_is_killed_between_reserving_and_releasing(fed: HeartFederation) 
     fed.wait_finished(study_id)
     rounds = fed.hospitals_by_round(study_id)
     assert min(rounds) == len(NAMES) - 1
-    covered(fed, study_id, 106, finetune__local_steps=150)
+    covered(fed, study_id, study)
 
 
 def test_a_hospital_is_cut_off_for_a_while_and_comes_back(fed: HeartFederation) -> None:
-    study_id = fed.submit(heart(107, rounds=30))
+    study = heart(107, rounds=30)
+    study_id = fed.submit(study)
     fed.wait_rounds(study_id, 1)
     host = fed.made.hospitals["va"]
     host.cut(off=True)  # half-open: no end of the connection is told
@@ -165,7 +177,7 @@ def test_a_hospital_is_cut_off_for_a_while_and_comes_back(fed: HeartFederation) 
     rounds = fed.hospitals_by_round(study_id)
     assert min(rounds) == len(NAMES) - 1
     assert rounds[-1] == len(NAMES)
-    covered(fed, study_id, 107, rounds=30)
+    covered(fed, study_id, study)
 
 
 def test_a_slow_line_with_gaps_is_only_slow(fed: HeartFederation, tmp_path: Path) -> None:
@@ -187,8 +199,9 @@ def test_a_slow_line_with_gaps_is_only_slow(fed: HeartFederation, tmp_path: Path
         link.write_text(before.replace(f"{COORDINATOR_IP}:8443", f"{COORDINATOR_IP}:9444"))
         fed.made.start_hospital("switzerland")
         wait_for(lambda: fed.made.status()["online"] == len(NAMES), 90, "all online, one slowly")
-        study_id = fed.submit(heart(108))
-        settled(fed, study_id, 108, tmp_path)
+        study = whole(108)
+        study_id = fed.submit(study)
+        settled(fed, study_id, study, tmp_path)
     finally:
         host.stop()
         link.write_text(before)
@@ -198,7 +211,8 @@ def test_a_slow_line_with_gaps_is_only_slow(fed: HeartFederation, tmp_path: Path
 
 
 def test_the_coordinators_disk_fills_up_and_is_freed(fed: HeartFederation, tmp_path: Path) -> None:
-    study_id = fed.submit(heart(110))
+    study = whole(110)
+    study_id = fed.submit(study)
     fed.wait_rounds(study_id, 1)
     filler = fed.made.coordinator.folder.parent / "filler"
     with filler.open("wb", buffering=0) as file, suppress(OSError):
@@ -209,7 +223,7 @@ def test_the_coordinators_disk_fills_up_and_is_freed(fed: HeartFederation, tmp_p
     time.sleep(20)
     assert len(fed.run(study_id).metrics()) <= rounds + 1
     filler.unlink()
-    settled(fed, study_id, 110, tmp_path)
+    settled(fed, study_id, study, tmp_path)
     assert "Traceback" not in runner.read_text()[before:]
 
 
