@@ -94,7 +94,8 @@ class GridLink:
             if node not in self._greeted or self._greeted[node] != since
         }
         self._greeted |= new
-        timeout_s = min(self._timeout_s, _GREETING_S)
+        # At the start everybody counts; later on, newcomers must not hold up the others' round.
+        timeout_s = min(self._timeout_s, _GREETING_S) if self._node_of else self._timeout_s
         contents = dict.fromkeys(sorted(new), pack(task))
         for node, reply in self._exchange("hello", contents, HelloReply, timeout_s):
             self._node_of[reply.hospital] = node
