@@ -31,7 +31,7 @@ _MESSAGE_TYPES = {
 }
 _POLL_S, _LONGEST_POLL_S = 0.02, 0.5
 _ASSEMBLY_S = 60.0  # how long a study waits for all its hospitals before it goes on with enough
-_GREETING_S = 60.0
+_GREETING_S = 20.0
 _PULLED_AT_ONCE = 4  # replies held in memory together, whatever the number of hospitals
 _RESEND_CHECK_S = 2.0
 _RETURN_S = 20.0  # how long a hospital that went away is waited for: its software may be restarting
@@ -93,12 +93,12 @@ class GridLink:
             for node, since in self._online().items()
             if node not in self._greeted or self._greeted[node] != since
         }
-        self._greeted |= new
         # At the start everybody counts; later on, newcomers must not hold up the others' round.
         timeout_s = min(self._timeout_s, _GREETING_S) if self._node_of else self._timeout_s
         contents = dict.fromkeys(sorted(new), pack(task))
         for node, reply in self._exchange("hello", contents, HelloReply, timeout_s):
             self._node_of[reply.hospital] = node
+            self._greeted[node] = new[node]  # one that was silent is greeted again
             yield reply
 
     def ask(self, action: str, task: Any, kind: type[Reply]) -> Iterator[Reply]:

@@ -185,6 +185,15 @@ def test_newcomers_are_greeted_once_and_again_after_a_restart() -> None:
     assert {one.hospital for one in link.greet(HELLO)} == {"north"}
 
 
+def test_one_that_was_silent_is_greeted_again() -> None:
+    world = World(greeting)
+    link = world.link(timeout_s=0.5)
+    world.loses = {2}
+    assert {one.hospital for one in link.greet(HELLO)} == {"north", "east"}
+    assert {one.hospital for one in link.greet(HELLO)} == {"south"}
+    assert list(link.greet(HELLO)) == []
+
+
 def test_a_study_waits_for_all_and_goes_on_with_enough() -> None:
     world = World(greeting)
     del world.since[3]
