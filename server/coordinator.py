@@ -192,7 +192,3 @@ def _log_event(event: Event) -> None:
     level = logging.WARNING if event.kind == "died" else logging.INFO
     code = "" if event.code is None else f", code {event.code}"
     _logger.log(level, "%s %s (process %d%s)", event.service, event.kind, event.pid, code)
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)

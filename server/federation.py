@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from common.errors import RunError
-from common.flower_tasks import Control, Endpoint
+from common.flower_tasks import Control, Endpoint, RunState
 from server.desk import UnavailableError
-
-RunStatus = Literal["running", "finished", "failed", "unknown"]
-
-STUDY_SETTING = "study"  # as ``server.runner`` reads it
+from server.runner import STUDY_SETTING
 
 
 class Federation(Protocol):
@@ -34,7 +31,7 @@ class Federation(Protocol):
     def stop_run(self, run_id: int) -> None:
         """Stop a run; one that has ended is left alone."""
 
-    def run_status(self, run_id: int) -> RunStatus:
+    def run_status(self, run_id: int) -> RunState:
         """How a run stands."""
 
 
@@ -71,7 +68,7 @@ class FlowerFederation:
         with self._control() as control:
             control.stop_run(run_id)
 
-    def run_status(self, run_id: int) -> RunStatus:
+    def run_status(self, run_id: int) -> RunState:
         """See ``Federation``."""
         with self._control() as control:
             return control.run_state(run_id)

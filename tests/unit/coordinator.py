@@ -17,9 +17,9 @@ from cryptography.x509.oid import NameOID
 from fastapi import FastAPI
 
 from common.enrolment import Answer, JoinCode, JoinReply, JoinRequest, Offered
+from common.flower_tasks import RunState
 from common.identity import Identity
 from server.desk import UnavailableError, create_desk, open_desk
-from server.federation import RunStatus
 from server.service import Service
 from server.settings import CoordinatorSettings
 
@@ -42,7 +42,7 @@ class FakeFederation:
     """Flower's SuperLink as a dictionary. ``is_away``: it cannot be asked."""
 
     keys: dict[int, str] = field(default_factory=dict)
-    runs: dict[int, RunStatus] = field(default_factory=dict)
+    runs: dict[int, RunState] = field(default_factory=dict)
     started: list[str] = field(default_factory=list)
     is_away: bool = False
     # Above what a signed 64-bit column could hold.
@@ -76,7 +76,7 @@ class FakeFederation:
         if self.runs.get(run_id) == "running":
             self.runs[run_id] = "failed"
 
-    def run_status(self, run_id: int) -> RunStatus:
+    def run_status(self, run_id: int) -> RunState:
         self._asked()
         return self.runs.get(run_id, "unknown")
 
