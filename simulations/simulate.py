@@ -19,8 +19,9 @@ from common.tables import Table
 from server.app import Job, build_server_app
 from server.conduct import Progress
 from server.store import RunFolder
-from simulations.grid import InProcessGrid, one_by_one
+from simulations.grid import Backend, InProcessGrid, one_by_one
 from simulations.hospitals import build_world, open_world, secret_noise, seeded_noise
+from simulations.traffic import Meter
 
 Watch = Callable[[Progress], None]
 
@@ -38,13 +39,29 @@ def run_in_process(
     client_app = build_client_app(
         lambda context, _: nullcontext(hospitals[context.node_id - 1]), debug=debug
     )
-    server_app = build_server_app(lambda _: Job(study, run, corpus, watch))
 
     def handle(message: Message) -> Message:
         return client_app(message, _context(message.metadata.dst_node_id))
 
-    grid = InProcessGrid(len(hospitals), one_by_one(handle, debug=debug))
-    server_app(grid, _context(0))
+    backend = one_by_one(handle, debug=debug)
+    conduct_over(study, run, len(hospitals), backend, corpus, watch)
+
+
+def conduct_over(
+    study: Study,
+    run: RunFolder,
+    hospitals: int,
+    backend: Backend,
+    corpus: Table | None,
+    watch: Watch,
+) -> None:
+    """Conduct ``study`` over whatever answers its messages; their bytes are counted."""
+    server_app = build_server_app(lambda _: Job(study, run, corpus, watch))
+    meter = Meter(run, hospitals)
+    try:
+        server_app(InProcessGrid(hospitals, meter.around(backend)), _context(0))
+    finally:
+        meter.save()
 
 
 def simulate(
