@@ -25,6 +25,7 @@ from simulations.audit_cli import audit_app
 from simulations.options import (
     DATA_HOME,
     DataOption,
+    EngineOption,
     JsonOption,
     NoiseSeedOption,
     ReplaceOption,
@@ -84,13 +85,16 @@ def simulate(
     study: StudyArgument,
     data: DataOption = Path(),
     run: Annotated[Path | None, typer.Option(help="Results folder; runs/NAME if left out.")] = None,
+    *,
     seed: SeedOption = None,
     noise_seed: NoiseSeedOption = None,
+    engine: EngineOption = "auto",
     replace: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a study with all its hospitals on this machine."""
+    """Run a study with all its hospitals on this machine, or on a Ray cluster."""
     from simulations.display import live_progress
+    from simulations.simulate import parse_engine
     from simulations.simulate import simulate as run_study
 
     loaded = load(study, seed)
@@ -103,6 +107,7 @@ def simulate(
             data,
             watch,
             noise_seed=noise_seed,
+            engine=parse_engine(engine),
             replace=replace,
             debug=context.obj["debug"],
         )

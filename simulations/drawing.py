@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -85,6 +86,31 @@ def band(
     )
 
 
+def bars(
+    axes: Axes, where: Sequence[float], values: Sequence[Interval], *, label: str, style: Style
+) -> None:
+    """Means joined by a thin line, their intervals as bars: for more series than bands can show."""
+    colour, marker, line = style
+    bounds = [cut(one) for one in values]
+    means = [one.mean for one in values]
+    axes.errorbar(
+        where,
+        means,
+        yerr=[
+            [mean - low for mean, (low, _) in zip(means, bounds, strict=True)],
+            [high - mean for mean, (_, high) in zip(means, bounds, strict=True)],
+        ],
+        color=colour,
+        marker=marker,
+        linestyle=line,
+        linewidth=1.2,
+        markersize=6.5,
+        elinewidth=1.4,
+        capsize=3,
+        label=label,
+    )
+
+
 def cut(one: Interval) -> tuple[float, float]:
     """The interval within [0, 1]; the mean itself where one value stands alone."""
     if one.count < 2:
@@ -119,7 +145,9 @@ def frame_auc(axes: Axes, drawn: Sequence[Interval]) -> None:
 def legend(figure: Figure, axes: Axes) -> None:
     """Below the picture, where it covers nothing."""
     handles, labels = axes.get_legend_handles_labels()
-    named = dict(zip(labels, handles, strict=True))  # every series has a band; it is named once
+    named: dict[str, Artist] = {}
+    for handle, label in zip(handles, labels, strict=True):
+        named.setdefault(label, handle)  # every series has a band; it is named once
     longest = max(len(label) for label in named)
     columns = 2 if len(named) == 4 else 3
     figure.legend(

@@ -22,6 +22,9 @@ SeedOption = Annotated[int | None, typer.Option("--seed", help="Replaces the stu
 NoiseSeedOption = Annotated[
     int | None, typer.Option(help="Repeatable test noise in place of secret noise: NO privacy.")
 ]
+EngineOption = Annotated[
+    str, typer.Option(help="Who answers for the hospitals: auto, one-by-one or ray.")
+]
 ReplaceOption = Annotated[bool, typer.Option("--replace", help="Start over in a used folder.")]
 
 

@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal, get_args
 
 from flwr.app import Context, Message, RecordDict
 
 from client.app import build_client_app
 from client.hospital import Hospital
-from common.errors import RunError
+from common.errors import RunError, StudyError, nearest
 from common.randomness import NoiseSource, SecretNoise
 from common.study import Study
 from common.tables import Table
@@ -20,10 +21,13 @@ from server.app import Job, build_server_app
 from server.conduct import Progress
 from server.store import RunFolder
 from simulations.grid import Backend, InProcessGrid, one_by_one
-from simulations.hospitals import build_world, open_world, secret_noise, seeded_noise
+from simulations.hospitals import World, build_world, open_world, secret_noise, seeded_noise
+from simulations.ray_engine import check_ray, ray_backend
 from simulations.traffic import Meter
 
 Watch = Callable[[Progress], None]
+Engine = Literal["auto", "one-by-one", "ray"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 
 def run_in_process(
@@ -71,14 +75,17 @@ def simulate(
     watch: Watch,
     *,
     noise_seed: int | None = None,
+    engine: Engine = "auto",
     replace: bool = False,
     debug: bool = False,
 ) -> RunFolder:
     """A new run of ``study`` in the folder ``path``.
 
+    ``engine``: who answers for the hospitals; ``auto`` is this process. The result is the same.
     ``noise_seed`` replaces every hospital's secret noise by repeatable test noise; the privacy
     statement then says that nothing is guaranteed.
     """
+    check_engine(engine, study)
     world = build_world(study, data_folder)
     # A folder with a study file alone may be anything of the user's; a run has both.
     if replace and (path / "study.toml").is_file() and (path / "environment.json").is_file():
@@ -89,10 +96,10 @@ def simulate(
         {
             "data_folder": str(data_folder.resolve()),
             "noise_seed": noise_seed,
+            "engine": engine,
         },
     )
-    noise = run_noise(run, [site.name for site in world.sites], noise_seed)
-    run_in_process(study, run, open_world(world, noise), world.corpus, watch, debug=debug)
+    _conduct(world, run, watch, noise_seed, engine, debug=debug)
     return run
 
 
@@ -102,10 +109,44 @@ def resume(path: Path, watch: Watch, *, debug: bool = False) -> RunFolder:
     if (path / "result.json").exists():
         return run
     settings = run.read_json("simulation.json")
+    engine = parse_engine(settings.get("engine", "auto"))
+    check_engine(engine, study)
     world = build_world(study, Path(settings["data_folder"]))
-    noise = run_noise(run, [site.name for site in world.sites], settings["noise_seed"])
-    run_in_process(study, run, open_world(world, noise), world.corpus, watch, debug=debug)
+    _conduct(world, run, watch, settings["noise_seed"], engine, debug=debug)
     return run
+
+
+def parse_engine(name: str) -> Engine:
+    """The engine of this name. Raises StudyError for another."""
+    for one in ENGINES:
+        if one == name:
+            return one
+    raise StudyError(
+        f"engine: expected one of {', '.join(ENGINES)}, found {name!r}; {nearest(name, ENGINES)}"
+    )
+
+
+def check_engine(engine: Engine, study: Study) -> None:
+    """Refuse an engine that is not installed, or cannot run ``study``."""
+    if engine == "ray":
+        check_ray(study)
+
+
+def _conduct(
+    world: World,
+    run: RunFolder,
+    watch: Watch,
+    noise_seed: int | None,
+    engine: Engine,
+    *,
+    debug: bool,
+) -> None:
+    study, noise = world.study, run_noise(run, [site.name for site in world.sites], noise_seed)
+    if engine == "ray":
+        with ray_backend(run, study, world, noise, debug=debug) as backend:
+            conduct_over(study, run, len(world.sites), backend, world.corpus, watch)
+        return
+    run_in_process(study, run, open_world(world, noise), world.corpus, watch, debug=debug)
 
 
 def load_hospitals(path: Path) -> tuple[Study, list[Hospital]]:

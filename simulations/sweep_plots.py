@@ -15,10 +15,9 @@ from simulations.comparison import CurvePoint, SweepPoint
 from simulations.drawing import (
     STYLES,
     Picture,
-    Style,
     band,
+    bars,
     canvas,
-    cut,
     frame_auc,
     legend,
     picture,
@@ -28,6 +27,7 @@ EPSILON = "privacy.epsilon"
 _WIDE = 8.0  # from this ratio of largest to smallest on, an axis is logarithmic
 _AUC = "AUC on all test patients"
 _ROW_INCHES = 0.22
+_MOST_BANDS = 2  # more of them cover each other
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,15 @@ def setting_plot(
     values = list(dict.fromkeys(value_words(one.settings[key]) for one in known))
     where = _positions([one.settings[key] for one in known])
     figure, axes = canvas(4.6 + _ROW_INCHES * len(series))
-    for (name, members), style in zip(series.items(), STYLES, strict=False):
+    span = min(where.values()), max(where.values())
+    for index, (name, members) in enumerate(series.items()):
         ordered = sorted(members, key=lambda one: where[value_words(one.settings[key])])
-        band(
-            axes,
-            [where[value_words(one.settings[key])] for one in ordered],
-            [one.student.auc for one in ordered],
-            label=name,
-            style=style,
-        )
+        here = [where[value_words(one.settings[key])] for one in ordered]
+        aucs, style = [one.student.auc for one in ordered], STYLES[index]
+        if len(series) <= _MOST_BANDS:
+            band(axes, here, aucs, label=name, style=style)
+        else:
+            bars(axes, _apart(here, index, len(series), span), aucs, label=name, style=style)
     drawn = [one.student.auc for one in known]
     for level in (one for one in levels if one.value.count):
         mean = level.value.mean
@@ -107,8 +107,17 @@ def traffic_plot(points: Sequence[SweepPoint]) -> Picture | None:
     if len(groups) > len(STYLES):
         return None
     figure, axes = canvas(4.4 + _ROW_INCHES * len(groups))
+    span = min(map(_kilobytes, known)), max(map(_kilobytes, known))
     for (name, members), style in zip(groups.items(), STYLES, strict=False):
-        _marks(axes, members, name, style)
+        ordered = sorted(members, key=_kilobytes)
+        where = [_kilobytes(one) for one in ordered]
+        bars(
+            axes,
+            _apart(where, list(groups).index(name), len(groups), span),
+            [one.student.auc for one in ordered],
+            label=name,
+            style=style,
+        )
     axes.set_xlabel("kilobytes that one hospital receives and sends in the whole study")
     axes.set_ylabel(_AUC)
     axes.set_title("What does quality cost in traffic?")
@@ -161,27 +170,15 @@ def _series(points: Sequence[SweepPoint], key: str, label: str) -> dict[str, lis
     return found
 
 
-def _marks(axes: Axes, members: Sequence[SweepPoint], name: str, style: Style) -> None:
-    colour, marker, _ = style
-    where = [one.bytes_per_hospital.mean / 1e3 for one in members]
-    means = [one.student.auc.mean for one in members]
-    bounds = [cut(one.student.auc) for one in members]
-    axes.errorbar(
-        where,
-        means,
-        yerr=[
-            [mean - low for mean, (low, _) in zip(means, bounds, strict=True)],
-            [high - mean for mean, (_, high) in zip(means, bounds, strict=True)],
-        ],
-        color=colour,
-        marker=marker,
-        linestyle="none",
-        markersize=7,
-        elinewidth=1.4,
-        capsize=3,
-        alpha=0.85,
-        label=name,
-    )
+def _apart(
+    where: Sequence[float], index: int, count: int, span: tuple[float, float]
+) -> list[float]:
+    """``where``, moved aside a little, so that series at the same places can be told apart."""
+    low, high = span
+    step = 0.012 * (index - (count - 1) / 2)
+    if _is_wide(low, high):
+        return [one * (high / low) ** step for one in where]
+    return [one + (high - low or 1.0) * step for one in where]
 
 
 def _positions(values: Sequence[Any]) -> dict[str, float]:
@@ -193,11 +190,19 @@ def _positions(values: Sequence[Any]) -> dict[str, float]:
 
 def _ticks(axes: Axes, names: Mapping[float, str]) -> None:
     low, high = min(names), max(names)
-    if low > 0 and high / low >= _WIDE:
+    if _is_wide(low, high):
         axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(sorted(names)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _named(value, names)))
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _is_wide(low: float, high: float) -> bool:
+    return low > 0 and high / low >= _WIDE
+
+
+def _kilobytes(one: SweepPoint) -> float:
+    return one.bytes_per_hospital.mean / 1e3
 
 
 def _named(value: float, names: Mapping[float, str]) -> str:

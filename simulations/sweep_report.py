@@ -105,7 +105,14 @@ def _promise(*, exact: bool) -> Html:
 
 def _pictures(found: Sweep) -> Iterator[Html]:
     seeds = len(found.seeds)
-    band = "" if seeds == 1 else f" Bands and bars are 95 % intervals over {seeds} seeds."
+    band = (
+        ""
+        if seeds == 1
+        else (
+            f" Bands or bars are 95 % intervals over {seeds} seeds; bars are moved aside a "
+            f"little where they would cover each other."
+        )
+    )
     drawn_any = False
     for setting in (one for one in found.settings if len(one.values) > 1):
         name = "ε" if setting.key == EPSILON else setting.key
