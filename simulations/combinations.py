@@ -143,9 +143,15 @@ def _value(word: str) -> Any:
 
 def _folder_name(settings: Mapping[str, Any]) -> str:
     """A name that can be a folder's; different for different settings."""
-    name = ",".join(f"{key}={value_words(value)}" for key, value in settings.items())
+    words = {
+        key: value_words(value).replace(", ", ",")
+        if isinstance(value, list)
+        else value_words(value)
+        for key, value in settings.items()
+    }
+    name = ",".join(f"{key}={word}" for key, word in words.items())
     safe = re.sub(r"[^A-Za-z0-9_.,=+\[\]-]", "", name)
-    if safe == name.replace(" ", "") and len(safe) <= _LONGEST_NAME:
+    if safe == name and len(safe) <= _LONGEST_NAME:
         return safe
     return f"{safe[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 

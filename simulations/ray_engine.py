@@ -9,8 +9,9 @@ own folder: on several machines it must lie on storage that all of them share, u
 so must the virtual environment. Replies are taken in the order of the hospitals, so that a sum of
 floats does not depend on who was fastest.
 
-Ray's own transport is neither authenticated nor encrypted and unpickles what it is sent: a cluster
-for this is one's own, on a closed network, and its data are public.
+Ray's own transport is neither authenticated nor encrypted, unpickles what it is sent, and listens
+on all of a machine's addresses, even where there is one machine only: a cluster for this is one's
+own, behind a firewall, and its data are public.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import importlib.util
 import json
 import logging
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 
 _INSTALL = "pip install 'consilium[ray]'"
 _READY, _CHARGED = "ready.json", "charged.json"
+_LOOK_S = 5.0
 _AHEAD = 4  # messages a worker that are under way or answered, and not yet added up
 
 
@@ -63,6 +66,24 @@ def check_ray(study: Study) -> None:
             "engine 'ray': with trust = 'distributed' a hospital keeps keys between two messages, "
             "which Ray may give to different workers; use --engine one-by-one"
         )
+    if address := os.environ.get("RAY_ADDRESS"):
+        _check_address(address)
+
+
+def _check_address(address: str) -> None:
+    """Ray itself would try an address that does not answer for many minutes."""
+    host, _, port = address.rpartition(":")
+    if address == "auto":
+        return
+    if not (host and port.isdigit()) or "/" in address:
+        raise RunError(f"RAY_ADDRESS: expected HOST:PORT or auto, found {address!r}")
+    try:
+        socket.create_connection((host, int(port)), timeout=_LOOK_S).close()
+    except OSError as error:
+        raise RunError(
+            f"engine 'ray': no cluster answers at {address} ({error.strerror or error}); start one "
+            f"with `ray start --head`, or unset RAY_ADDRESS"
+        ) from None
 
 
 @contextmanager
@@ -187,9 +208,9 @@ def _workers(*, debug: bool) -> Iterator[RayBackend]:
         if workers is not None and workers.num_workers:
             raise
         raise RunError(
-            f"engine 'ray': no cluster with a free CPU at "
-            f"{os.environ.get('RAY_ADDRESS', 'this machine')} "
-            f"({type(error).__name__}: {error}); start one with `ray start`, or unset RAY_ADDRESS"
+            f"engine 'ray': no free CPU in the cluster at "
+            f"{os.environ.get('RAY_ADDRESS', 'this machine')} ({type(error).__name__}: {error}); "
+            f"start one with `ray start --head`, or unset RAY_ADDRESS"
         ) from None
     finally:
         if workers is not None:
@@ -202,10 +223,10 @@ def _workers(*, debug: bool) -> Iterator[RayBackend]:
 
 
 def _settings() -> dict[str, Any]:
-    """What Ray is started with: a cluster that is named, or one of our own on loopback."""
+    """What Ray is started with: a cluster that is named, or one that ends with this process."""
     start: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
     if not os.environ.get("RAY_ADDRESS"):
-        start |= {"address": "local", "_node_ip_address": "127.0.0.1"}
+        start["address"] = "local"  # else Ray joins whatever cluster it finds running
     return {"init_args": start, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
 
 
