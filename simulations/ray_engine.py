@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 _INSTALL = "pip install 'consilium[ray]'"
 _READY, _CHARGED = "ready.json", "charged.json"
+_KEEPS_DEVICES = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"  # else Ray warns of its own future
 _LOOK_S = 5.0
 _AHEAD = 4  # messages a worker that are under way or answered, and not yet added up
 
@@ -192,7 +193,9 @@ class _FolderGuard:
 @contextmanager
 def _workers(*, debug: bool) -> Iterator[RayBackend]:
     """Flower's pool of Ray actors; what this process started ends with it."""
-    from flwr.server.superlink.fleet.vce.backend.raybackend import (  # noqa: PLC0415 (the extra)
+    os.environ.setdefault(_KEEPS_DEVICES, "0")
+    import ray  # noqa: PLC0415 (the extra)
+    from flwr.server.superlink.fleet.vce.backend.raybackend import (  # noqa: PLC0415
         RayBackend,
     )
 
@@ -215,6 +218,7 @@ def _workers(*, debug: bool) -> Iterator[RayBackend]:
     finally:
         if workers is not None:
             workers.terminate()
+        ray.shutdown()
         logger.setLevel(level)
         # Flower sets it for its workers, and leaves it.
         os.environ.pop("PYTHONPATH", None)
