@@ -55,6 +55,7 @@ _INSTALL = "pip install 'consilium[ray]'"
 _READY, _CHARGED = "ready.json", "charged.json"
 _KEEPS_DEVICES = "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"  # else Ray warns of its own future
 _LOOK_S = 5.0
+_KEPT_OPEN = 1024
 _AHEAD = 4  # messages a worker that are under way or answered, and not yet added up
 
 
@@ -144,9 +145,14 @@ def worker_app(*, debug: bool) -> ClientApp:
 
 @contextmanager
 def _hospital(context: Context, digest: str) -> Iterator[Hospital]:
-    home = Path(str(context.node_config["hospital-folder"]))
+    yield _opened(Path(str(context.node_config["hospital-folder"])), digest)
+
+
+@lru_cache(maxsize=_KEPT_OPEN)
+def _opened(home: Path, digest: str) -> Hospital:
+    """The hospital of ``home``, read once by each worker; a run's folder does not change."""
     with open_hospital(home, digest) as hospital:
-        yield replace(hospital, guard=_FolderGuard(hospital.guard.noise, home / _CHARGED))
+        return replace(hospital, guard=_FolderGuard(hospital.guard.noise, home / _CHARGED))
 
 
 @dataclass(frozen=True)
