@@ -1,6 +1,6 @@
 """What one hospital more costs each simulation engine: processor time a round, and memory.
 
-Made-up hospitals of 40 patients, 30 of whom train; 20 numbers each; a teacher of 6,000 parameters,
+Made-up hospitals of 40 patients, 30 of whom train; 20 numbers each; a teacher of 5,600 parameters,
 trained whole. Every measurement is a process of its own, of which the first round (data are
 encoded, noise is calibrated) is left out.
 """
