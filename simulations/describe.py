@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table as RichTable
 
+from client.sources.reading import read_public
 from common.errors import StudyError
 from common.features import FeatureMap, range_scaling
 from common.models import build_student, build_teacher, count_parameters
@@ -15,7 +16,6 @@ from common.privacy.budget import budget_of, evaluation_budget_of
 from common.privacy.units import Trust
 from common.secagg.plan import check_sums
 from common.study import Study
-from common.tables import read_table
 
 
 def promise(study: Study) -> str:
@@ -94,9 +94,9 @@ def check_data(study: Study, folder: Path) -> dict[str, Any]:
             f"a hospital checks its own with `consilium hospital check`"
         )
     if spec.source is not None:
-        return {"all": asdict(read_table(spec.source, study.dictionary, folder).report)}
+        return {"all": asdict(read_public(spec.source, study.dictionary, folder).report)}
     return {
-        one.name: asdict(read_table(one.source, study.dictionary, folder).report)
+        one.name: asdict(read_public(one.source, study.dictionary, folder).report)
         for one in spec.hospital
     }
 

@@ -19,6 +19,7 @@ from client.aggregation import Aggregator
 from client.approvals import study_folder
 from client.guard import MemoryGuard
 from client.hospital import Hospital, split_patients
+from client.sources.reading import read_public
 from common.dictionary import Column
 from common.errors import DataError, StudyError
 from common.identity import Identity
@@ -56,7 +57,7 @@ def build_world(study: Study, data_folder: Path) -> World:
         )
     generator = np.random.default_rng(_words(study.seed, "world"))
     if spec.hospital:
-        tables = [read_table(one.source, study.dictionary, data_folder) for one in spec.hospital]
+        tables = [read_public(one.source, study.dictionary, data_folder) for one in spec.hospital]
         # Two hospitals may use the same identifier for different patients.
         names = [one.name for one in spec.hospital]
         tables = [_prefixed(table, name) for table, name in zip(tables, names, strict=True)]
@@ -64,7 +65,7 @@ def build_world(study: Study, data_folder: Path) -> World:
         sites = tuple(Site(name, table) for name, table in zip(names, tables, strict=True))
     else:
         assert spec.source is not None and spec.hospitals is not None  # noqa: S101
-        whole = read_table(spec.source, study.dictionary, data_folder)
+        whole = read_public(spec.source, study.dictionary, data_folder)
         corpus, (rest,) = _set_apart(study, [whole], generator)
         if spec.sites is not None:
             parts = _by_site(rest, spec.sites, spec.hospitals, data_folder)
@@ -293,6 +294,11 @@ def _write_table(table: Table, folder: Path) -> dict[str, Any]:
     """Write records in the dictionary's own terms; the source that reads them back."""
     folder.mkdir(parents=True, exist_ok=True)
     dictionary = table.dictionary
+    if not dictionary.patient_id and len(set(table.patients)) < len(table):
+        raise StudyError(
+            "dictionary.patient_id: expected a name, since patients here have several records, and "
+            "would be taken for several people"
+        )
     if dictionary.image_shape is not None:
         column = dictionary.columns[0].name
         labels = np.array(

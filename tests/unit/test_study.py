@@ -150,7 +150,7 @@ _IMPOSSIBLE: dict[str, tuple[Callable[[Tree], Any], str]] = {
         lambda t: t["public"].update(
             kind="file", source={"kind": "npz", "path": "x", "header": ["a"]}
         ),
-        "header belongs to kind = 'csv'",
+        "public.source.header: unknown key",
     ),
     "imaging without image": (lambda t: t.update(task="imaging"), "needs one image column"),
     "image in a diagnosis": (
