@@ -26,8 +26,8 @@ from common.learning.records import Records
 from common.privacy.units import PrivacyUnit
 from common.randomness import NoiseSource, SecretNoise, SeededNoise
 from common.secagg import AggregationPolicy
-from common.study import EvaluationSpec, Study
 from common.secretfiles import derive
+from common.study import EvaluationSpec, Study
 from common.tables import Table
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def open_hospital(folder: Path, digest: str) -> Iterator[Hospital]:
         yield with_guard(
             study,
             MemoryGuard(noise, is_lasting=False),
-            lambda: derive(_key(folder / "noise.key"), DATES_PURPOSE),
+            lambda: simulated_dates_key(folder),
         )
         return
     if (folder / PAUSED).exists():
@@ -118,6 +118,11 @@ def open_hospital(folder: Path, digest: str) -> Iterator[Hospital]:
         study, pinned = approved_study(folder, digest, safe.identity, safe.log)
         guard = LedgerGuard(safe, test_noise or safe.noise())
         yield with_guard(study, guard, safe.dates_key, _aggregator(settings.name, safe, pinned))
+
+
+def simulated_dates_key(folder: Path) -> bytes:
+    """The same for a hospital without a safe: beside its data, as its noise key is."""
+    return derive(_key(folder / "noise.key"), DATES_PURPOSE)
 
 
 def own_records(

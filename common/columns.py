@@ -168,8 +168,8 @@ class CategoryReading:
         codes, keys = keys_of(cells[0])
         keys = [self._recode.get(key, key) for key in keys]
         table = np.array([self._index.get(key, -1) for key in keys], dtype=self._type)
-        odd = np.array([code < 0 and key not in self._absent for code, key in zip(table, keys, strict=True)], bool)
-        values = table[codes] if len(keys) else np.empty(0, self._type)
+        odd = np.array([key not in self._index and key not in self._absent for key in keys], bool)
+        values = table[codes] if keys else np.empty(0, self._type)
         counts = self._counts
         counts.missing += int((values < 0).sum())
         if odd.any():

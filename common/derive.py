@@ -63,9 +63,8 @@ class Derived:
         """The same rows; derived columns as float64 with NaN for unknown."""
         derive = self._mapping.derive
         asked = [name for name in wanted if name not in derive]
-        dates = [
-            each for name in wanted if name in derive for each in (derive[name].start, derive[name].end)
-        ]
+        spans = [derive[name] for name in wanted if name in derive]
+        dates = [each for span in spans for each in (span.start, span.end)]
         for chunk in self._source.chunks(list(dict.fromkeys([*asked, *dates]))):
             found = {name: chunk[name] for name in asked}
             found |= {name: self._interval(name, chunk) for name in wanted if name in derive}

@@ -49,9 +49,7 @@ class Source(Protocol):
         """After reading: what was skipped and why, one line each, with what to do."""
 
 
-def open_table(
-    spec: CsvSource | ParquetSource | NpzSource | SklearnSource, folder: Path
-) -> Source:
+def open_table(spec: CsvSource | ParquetSource | NpzSource | SklearnSource, folder: Path) -> Source:
     """The table that ``spec`` names below ``folder``."""
     if isinstance(spec, CsvSource):
         return CsvTable(spec, folder)
@@ -155,7 +153,9 @@ class ParquetTable:
         self._arrow = needed("pyarrow", "parquet", "kind = 'parquet'")
         self._rows, self.origin = chunk_rows, spec.path
         path = folder / spec.path
-        self._files = sorted(path.glob("*.parquet")) if path.is_dir() else [existing(folder, spec.path)]
+        self._files = (
+            sorted(path.glob("*.parquet")) if path.is_dir() else [existing(folder, spec.path)]
+        )
         if not self._files:
             raise DataError(f"{path}: expected a folder with *.parquet files, found none")
         self.columns = tuple(self._open(self._files[0]).schema_arrow.names)

@@ -194,12 +194,6 @@ TableSource = Annotated[
     CsvSource | ParquetSource | NpzSource | SklearnSource, Field(discriminator="kind")
 ]
 SourceSpec = Annotated[
-    CsvSource
-    | ParquetSource
-    | NpzSource
-    | SklearnSource
-    | FhirSource
-    | DicomSource
-    | ImagesSource,
+    CsvSource | ParquetSource | NpzSource | SklearnSource | FhirSource | DicomSource | ImagesSource,
     Field(discriminator="kind"),
 ]

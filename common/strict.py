@@ -58,19 +58,22 @@ def _one_line(model: type[Strict], error: ValidationError) -> str:
     if kind == "missing":
         return f"{key}: missing, and it has no default"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
-        # One of several models, told apart by a key such as `kind`.
-        field = context["discriminator"].strip("'")
-        if kind == "union_tag_not_found":
-            return f"{key}.{field}: missing, and it has no default"
-        choices = [word.strip().strip("'") for word in context["expected_tags"].split(",")]
-        return (
-            f"{key}.{field}: expected one of {', '.join(choices)}, found {context['tag']!r}; "
-            f"{nearest(context['tag'], choices)}"
-        )
-    if kind == "value_error":
-        return f"{key + ': ' if key else ''}{context['error']}"
+        return f"{key}.{_about_tag(context)}"
     message = first["msg"].replace("Input should be", "expected")
-    return f"{key}: {message[0].lower()}{message[1:]}, found {shown}"
+    plain = f"{key}: {message[0].lower()}{message[1:]}, found {shown}"
+    return f"{key + ': ' if key else ''}{context['error']}" if kind == "value_error" else plain
+
+
+def _about_tag(context: dict[str, Any]) -> str:
+    """One of several models was meant, told apart by a key such as `kind`."""
+    field = context["discriminator"].strip("'")
+    if "tag" not in context:
+        return f"{field}: missing, and it has no default"
+    choices = [word.strip().strip("'") for word in context["expected_tags"].split(",")]
+    return (
+        f"{field}: expected one of {', '.join(choices)}, found {context['tag']!r}; "
+        f"{nearest(context['tag'], choices)}"
+    )
 
 
 def _at(model: type[Strict], location: list[str | int]) -> Any:

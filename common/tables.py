@@ -161,9 +161,7 @@ def _found(source: Source, mapping: ColumnMapping, name: str) -> str:
     return wanted
 
 
-def _read(
-    reading: Reading, chunk: Chunk, found: Mapping[str, str], source: Source
-) -> NDArray[Any]:
+def _read(reading: Reading, chunk: Chunk, found: Mapping[str, str], source: Source) -> NDArray[Any]:
     try:
         return reading.read(*(chunk[found[name]] for name in reading.names))
     except DataError as error:
@@ -207,9 +205,10 @@ class _Owners:
 
     def __init__(self, source: Source, mapping: ColumnMapping, dictionary: Dictionary) -> None:
         self._origin, self._blank = source.origin, absent_words(mapping)
-        # A source that knows its patients decides: no study file can make the privacy unit smaller.
+        # A source that knows its patients decides: no study can make the privacy unit smaller.
         self._column = source.patient
-        self.names = (dictionary.patient_id,) if dictionary.patient_id and not source.patient else ()
+        is_named = bool(dictionary.patient_id) and not source.patient
+        self.names: tuple[str, ...] = (dictionary.patient_id,) if is_named else ()
         self._known: dict[str, str] = {}
 
     @property
@@ -259,7 +258,7 @@ class _Labels:
             self._strange += int(odd[codes].sum())
             strange = {key for key, is_odd in zip(keys, odd, strict=True) if is_odd}
             self._examples = set(sorted(self._examples | strange)[:_EXAMPLES])
-        return table[codes] if len(keys) else np.empty(0, np.int64)
+        return table[codes] if keys else np.empty(0, np.int64)
 
     def problems(self) -> list[str]:
         """Values of no class, in words."""
@@ -271,9 +270,7 @@ class _Labels:
         ]
 
 
-def _problems(
-    reports: Sequence[ColumnReport], dictionary: Dictionary, rows: int
-) -> list[str]:
+def _problems(reports: Sequence[ColumnReport], dictionary: Dictionary, rows: int) -> list[str]:
     columns = {column.name: column for column in dictionary.columns}
     found = []
     for report in reports:

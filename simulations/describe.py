@@ -6,8 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table as RichTable
-
 from client.sources.reading import read_public
 from common.errors import StudyError
 from common.features import FeatureMap, range_scaling
@@ -91,7 +89,7 @@ def check_data(study: Study, folder: Path) -> dict[str, Any]:
     if spec is None:
         raise StudyError(
             f"{study.name}: has no [simulation] section that says where data are; "
-            f"a hospital checks its own with `consilium hospital check`"
+            f"a hospital checks its own with --hospital FOLDER"
         )
     if spec.source is not None:
         return {"all": asdict(read_public(spec.source, study.dictionary, folder).report)}
@@ -99,23 +97,3 @@ def check_data(study: Study, folder: Path) -> dict[str, Any]:
         one.name: asdict(read_public(one.source, study.dictionary, folder).report)
         for one in spec.hospital
     }
-
-
-def data_tables(reports: dict[str, Any]) -> list[Any]:
-    """One table a hospital, with its problems in words under it."""
-    shown: list[Any] = []
-    for name, report in reports.items():
-        table = RichTable(
-            title=f"{name}: {report['rows']} rows, {report['patients']} patients, "
-            f"{report['unlabelled']} without a known label"
-        )
-        table.add_column("column")
-        for heading in ("missing", "out of range", "unmapped"):
-            table.add_column(heading, justify="right")
-        for column in report["columns"]:
-            counts = (column["missing"], column["out_of_range"], column["unmapped"])
-            if any(counts):
-                table.add_row(column["name"], *(str(count) if count else "·" for count in counts))
-        shown.append(table if table.row_count else f"{name}: {report['rows']} rows, all in order")
-        shown += [f"  {problem}" for problem in report["problems"]]
-    return shown

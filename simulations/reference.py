@@ -17,7 +17,18 @@ import typer
 from pydantic_core import PydanticUndefined
 
 from common.dictionary import Column, Dictionary, Label
-from common.sources import SourceSpec
+from common.sources import (
+    ClinicalColumn,
+    CsvSource,
+    DicomSource,
+    FhirSource,
+    ImagesSource,
+    Interval,
+    LabelTable,
+    NpzSource,
+    ParquetSource,
+    SklearnSource,
+)
 from common.strict import Strict
 from common.study import (
     DistillSpec,
@@ -40,7 +51,16 @@ _SECTIONS: tuple[tuple[str, type[Strict]], ...] = (
     ("[simulation]", SimulationSpec),
     ("[simulation.sites]", SitesSpec),
     ("[[simulation.hospital]]", HospitalData),
-    ("[simulation.source], source of a hospital", SourceSpec),
+    ("source of kind csv", CsvSource),
+    ("source of kind parquet", ParquetSource),
+    ("source of kind npz", NpzSource),
+    ("source of kind sklearn", SklearnSource),
+    ("source of kind fhir", FhirSource),
+    ("columns of kind fhir", ClinicalColumn),
+    ("source of kind dicom", DicomSource),
+    ("source of kind images", ImagesSource),
+    ("labels of images", LabelTable),
+    ("derive of a source", Interval),
     ("[public]", PublicSpec),
     ("[teacher], [student]", ModelSpec),
     ("optimiser of a stage", OptimiserSpec),

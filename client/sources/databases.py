@@ -19,6 +19,7 @@ from sqlalchemy import (
     Connection,
     Engine,
     FromClause,
+    Select,
     column,
     create_engine,
     inspect,
@@ -109,7 +110,7 @@ class SqlTable:
         # Without an order a database may give another one each time, and patients would change
         # between training and testing.
         order = self._spec.key or tuple(wanted)
-        statement = (
+        statement: Select[Any] = (
             select(*(column(quoted(name)) for name in wanted))
             .select_from(self._relation())
             .order_by(*(column(quoted(name)) for name in order))
@@ -123,7 +124,7 @@ class SqlTable:
 
     def _names(self, connection: Connection) -> tuple[str, ...]:
         if self._spec.query:
-            statement = select(text("*")).select_from(self._relation()).limit(0)
+            statement: Any = select(text("*")).select_from(self._relation()).limit(0)
             return tuple(connection.execute(statement).keys())
         name, schema = _split(self._spec.table)
         return tuple(str(one["name"]) for one in inspect(connection).get_columns(name, schema))

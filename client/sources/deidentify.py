@@ -30,22 +30,31 @@ from common.units import conversion
 
 _AGE_CAP, _OLDEST = 89, 130
 
+
+def _set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
 # Whole column names, without case and punctuation.
-_IDENTIFIERS = frozenset(
-    """name fullname firstname lastname middlename givenname familyname surname forename maidenname
-    mothersmaidenname patientname initials nextofkin guardian contact employer physician physicianname
-    doctor doctorname referringphysician address street streetaddress city town county zip zipcode
-    postcode postalcode location latitude longitude birthplace phone phonenumber telephone tel mobile
-    fax email mail url website homepage ip ipaddress macaddress ssn socialsecuritynumber nhs nhsnumber
-    nationalid passport passportnumber driverslicense licence license licencenumber licensenumber
-    insurancenumber insuranceid policynumber beneficiary account accountnumber iban mrn
-    medicalrecordnumber recordnumber accessionnumber deviceid deviceserial serialnumber vin
-    licenseplate licenceplate fingerprint photo photograph username login""".split()
+_IDENTIFIERS = _set(
+    """
+    name fullname firstname lastname middlename givenname familyname surname forename maidenname
+    mothersmaidenname patientname initials nextofkin guardian contact employer physician
+    physicianname doctor doctorname referringphysician address street streetaddress city town county
+    zip zipcode postcode postalcode location latitude longitude birthplace phone phonenumber
+    telephone tel mobile fax email mail url website homepage ip ipaddress macaddress ssn
+    socialsecuritynumber nhs nhsnumber nationalid passport passportnumber driverslicense licence
+    license licencenumber licensenumber insurancenumber insuranceid policynumber beneficiary account
+    accountnumber iban mrn medicalrecordnumber recordnumber accessionnumber deviceid deviceserial
+    serialnumber vin licenseplate licenceplate fingerprint photo photograph username login
+    """
 )
 # Words that betray an identifier wherever they stand in a column's name.
-_WORDS = frozenset(
-    """surname firstname lastname maiden address street postcode zipcode phone telephone mobile fax
-    email ssn passport iban mrn""".split()
+_WORDS = _set(
+    """
+    surname firstname lastname maiden address street postcode zipcode phone telephone mobile fax
+    email ssn passport iban mrn
+    """
 )
 _CELLS = re.compile(
     r"""\s*(?:
@@ -174,7 +183,8 @@ class Deidentified:
         dates, unread = to_dates(cells, self._mapping)
         self._shifted.add(name)
         self._unread[name] = self._unread.get(name, 0) + unread
-        return dates + self._offsets_of(chunk, len(cells)).astype("timedelta64[D]")
+        offsets = self._offsets_of(chunk, len(cells)).astype("timedelta64[D]")
+        return np.asarray(dates + offsets)
 
     def _offsets_of(self, chunk: Chunk, rows: int) -> NDArray[np.int64]:
         if self._owner:

@@ -78,7 +78,7 @@ class DicomFolder:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     pictures = self._pictures(header)
-            except Exception as error:  # noqa: BLE001 - whatever a decoder raises, the file is out
+            except Exception as error:
                 self._files_out.add(self._reason(header, error), name)
                 continue
             self._silent += header.get("BurnedInAnnotation") is None
@@ -91,10 +91,11 @@ class DicomFolder:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 header = self._pydicom.dcmread(path)
-                modality, burned_in = str(header.get("Modality", "")), header.get("BurnedInAnnotation")
+                modality = str(header.get("Modality", ""))
+                burned_in = str(header.get("BurnedInAnnotation") or "").upper()
                 has_pixels = "PixelData" in header
                 patient = _text(header.get("PatientID"))
-        except Exception:  # noqa: BLE001 - a damaged file raises anything
+        except Exception:
             self._files_out.add("they are no DICOM files, or their header is damaged", name)
             return None
         if not has_pixels:
@@ -105,7 +106,7 @@ class DicomFolder:
             self._files_out.add(f"they are no pictures ({modality}); name it in modality", name)
         elif patient is None:
             self._files_out.add("they have no PatientID, which decides what protects them", name)
-        elif str(burned_in).upper() == "YES" and self._spec.burned_in == "skip":
+        elif burned_in == "YES" and self._spec.burned_in == "skip":
             self._files_out.add(
                 "text is burned into them (BurnedInAnnotation); clean them, or burned_in = 'keep'",
                 name,
@@ -122,9 +123,9 @@ class DicomFolder:
 
     def _pictures(self, header: Any) -> list[NDArray[np.float32]]:
         stored = self._pixels.pixel_array(header)
+        is_colour = int(header.get("SamplesPerPixel", 1)) > 1
         if header.PhotometricInterpretation == "PALETTE COLOR":
-            stored = self._pixels.apply_color_lut(stored, header)
-        is_colour = int(header.get("SamplesPerPixel", 1)) > 1 or stored.shape[-1:] == (3,)
+            stored, is_colour = self._pixels.apply_color_lut(stored, header), True
         frames = stored if int(header.get("NumberOfFrames") or 1) > 1 else stored[None]
         if self._spec.frames == "first":
             frames = frames[:1]
@@ -137,13 +138,12 @@ class DicomFolder:
         """One frame from 0 (black) to 1 (white)."""
         if is_colour:
             highest = float(np.iinfo(frame.dtype).max)
-            return (frame.astype(np.float64) @ _BRIGHTNESS / highest).astype(np.float32)
+            return np.asarray(frame.astype(np.float64) @ _BRIGHTNESS / highest, dtype=np.float32)
         measured = np.asarray(self._pixels.apply_modality_lut(frame, header), dtype=np.float64)
         grey = self._windowed(measured, header)
         # MONOCHROME1 shows its lowest value white.
-        return (1 - grey if header.PhotometricInterpretation == "MONOCHROME1" else grey).astype(
-            np.float32
-        )
+        is_inverse = header.PhotometricInterpretation == "MONOCHROME1"
+        return np.asarray(1 - grey if is_inverse else grey, dtype=np.float32)
 
     def _windowed(self, measured: NDArray[np.float64], header: Any) -> NDArray[np.float64]:
         if self._spec.window != "header":
@@ -151,13 +151,13 @@ class DicomFolder:
         if header.get("VOILUTSequence"):
             shown = self._pixels.apply_voi(measured.astype(np.int64), header).astype(np.float64)
             bits = int(header.VOILUTSequence[0].LUTDescriptor[2])
-            return np.clip(shown / (2.0**bits - 1), 0, 1)
+            return np.asarray(np.clip(shown / (2.0**bits - 1), 0, 1))
         centre, width = _first(header.get("WindowCenter")), _first(header.get("WindowWidth"))
         if centre is not None and width is not None and width >= 1:
             function = str(header.get("VOILUTFunction") or "LINEAR").upper()
             return window(measured, centre, width, function)
         low, high = measured.min(), measured.max()
-        return (measured - low) / (high - low) if high > low else np.zeros_like(measured)
+        return np.asarray((measured - low) / max(high - low, 1e-12))
 
     def _reason(self, header: Any, error: Exception) -> str:
         """Why pixels could not be had; never with a word from the header but its syntax."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ class FhirBundles:
     def __init__(self, spec: FhirSource, folder: Path) -> None:
         self._spec, self._root = spec, folder / spec.path
         if not self._root.is_dir():
-            raise DataError(f"{self._root}: no such folder; expected one with FHIR bundles (*.json)")
+            raise DataError(
+                f"{self._root}: no such folder; expected one with FHIR bundles (*.json)"
+            )
         self._files = sorted(self._root.rglob("*.json"))
         if not self._files:
             raise DataError(f"{self._root}: expected FHIR bundles (*.json), found none")
@@ -71,33 +73,33 @@ class FhirBundles:
             return []
 
 
-def _read_bundle(
-    resources: Sequence[tuple[str, Resource]], skipped: Skipped
-) -> Iterator[Person]:
+def _read_bundle(resources: Sequence[tuple[str, Resource]], skipped: Skipped) -> Iterator[Person]:
     people: dict[str, Person] = {}
     by_type: dict[str, list[Resource]] = defaultdict(list)
     for url, resource in resources:
         kind = resource.get("resourceType")
         if kind == "Patient" and resource.get("id"):
             person = _person(resource)
-            people[url] = people[f"Patient/{person.patient}"] = person
+            people[url or f"Patient/{person.patient}"] = person
+            people[f"Patient/{person.patient}"] = person
         elif isinstance(kind, str):
             by_type[kind].append(resource)
-    for kind, read in (
+    readers: tuple[tuple[str, Callable[[Person, Resource], bool]], ...] = (
         ("Encounter", _add_visit),
         ("Observation", _add_observation),
         ("Condition", _add_condition),
-    ):
+    )
+    for kind, read in readers:
         for resource in by_type[kind]:
             try:
                 if _is_void(resource):
                     continue
-                person = _subject(resource, people)
-                if person is None:
+                whose = _subject(resource, people)
+                if whose is None:
                     skipped.add(
                         f"{kind} of a patient who is not in the same bundle; export whole patients"
                     )
-                elif not read(person, resource):
+                elif not read(whose, resource):
                     skipped.add(f"{kind} without a usable date")
             except (KeyError, TypeError, ValueError, AttributeError, IndexError):
                 skipped.add(f"{kind} that is not valid FHIR R4")

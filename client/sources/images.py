@@ -93,8 +93,9 @@ def grey_of(path: Path) -> NDArray[np.float32]:
     """A file's pixels [height, width] from 0 to 1, by the range of its type."""
     with Image.open(path, formats=("PNG", "JPEG")) as opened:
         if opened.mode.startswith("I"):  # 16 bits a pixel
-            return (np.asarray(opened, dtype=np.float32) / 65535).clip(0, 1)
-        return np.asarray(opened.convert("L"), dtype=np.float32) / 255
+            deep = np.asarray(opened, dtype=np.float32) / np.float32(65535)
+            return np.asarray(np.clip(deep, 0, 1), dtype=np.float32)
+        return np.asarray(opened.convert("L"), dtype=np.float32) / np.float32(255)
 
 
 def _pattern(text: str) -> re.Pattern[str]:

@@ -28,7 +28,8 @@ _VISIT = {9201: "IMP", 9202: "AMB", 9203: "EMER", 262: "EMER"}
 _TABLES = {
     "person": "person_id gender_concept_id year_of_birth month_of_birth day_of_birth",
     "death": "person_id death_date",
-    "visit_occurrence": "visit_occurrence_id person_id visit_concept_id visit_start_date visit_end_date",
+    "visit_occurrence": "visit_occurrence_id person_id visit_concept_id visit_start_date "
+    "visit_end_date",
     "measurement": "measurement_id person_id measurement_concept_id measurement_date "
     "value_as_number value_as_concept_id unit_concept_id unit_source_value",
     "condition_occurrence": "condition_occurrence_id person_id condition_concept_id "
@@ -54,7 +55,7 @@ class OmopTables:
         absent = {"person", "visit_occurrence", "measurement", "condition_occurrence"} - present
         if absent:
             raise DataError(
-                f"{self.origin}: expected OMOP tables, found none named {', '.join(sorted(absent))}; "
+                f"{self.origin}: expected OMOP tables, found no {', '.join(sorted(absent))}; "
                 f"set cdm_schema, or let this account read them"
             )
         self._has = {name: name in present for name in ("death", "concept")}
@@ -69,7 +70,7 @@ class OmopTables:
         return self._records_out.lines()
 
     def _table(self, name: str) -> TableClause:
-        columns = [column(quoted(one)) for one in _TABLES[name].split()]
+        columns: list[Any] = [column(quoted(one)) for one in _TABLES[name].split()]
         schema = quoted(self._spec.cdm_schema) if self._spec.cdm_schema else None
         return table(quoted(name), *columns, schema=schema)
 
@@ -178,9 +179,13 @@ class OmopTables:
         statement = _of(select(condition), condition, span).where(
             condition.c.condition_concept_id.in_(stands_for)
         )
-        codes = defaultdict(frozenset, {
-            concept: frozenset(str(one) for one in wanted) for concept, wanted in stands_for.items()
-        })
+        codes = defaultdict(
+            frozenset,
+            {
+                concept: frozenset(str(one) for one in wanted)
+                for concept, wanted in stands_for.items()
+            },
+        )
         for row in connection.execute(statement.order_by(condition.c.condition_occurrence_id)):
             when = _moment(row.condition_start_date)
             if row.person_id not in people or when is None:
@@ -196,7 +201,7 @@ def _of(statement: Select[Any], source: TableClause, span: tuple[int, int]) -> S
 def _person(row: Any) -> Person:
     birth = None
     if row.year_of_birth:
-        birth = datetime(row.year_of_birth, row.month_of_birth or 7, row.day_of_birth or 1)  # noqa: DTZ001
+        birth = datetime(row.year_of_birth, row.month_of_birth or 7, row.day_of_birth or 1)
     return Person(
         patient=str(row.person_id),
         sex=_SEX.get(row.gender_concept_id, "unknown"),

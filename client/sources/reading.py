@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from client.sources.deidentify import AgesCapped, Deidentified, DeidentificationRules
+from client.sources.deidentify import AgesCapped, DeidentificationRules, Deidentified
 from client.sources.fhir import FhirBundles
 from client.sources.specs import HospitalSource, OmopSource, SqlSource
 from common.derive import Derived

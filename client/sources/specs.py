@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
+
 from common.errors import SecretError
 from common.secretfiles import check_private
 from common.sources import (
@@ -31,7 +32,7 @@ _DRIVERS = ("sqlite", "postgresql+psycopg")
 
 
 class SecretReference(Strict):
-    """Where a secret is: an environment variable ``env``, or a ``file`` that nobody else can read."""
+    """Where a secret is: an environment variable ``env``, or a ``file`` that only we can read."""
 
     env: str = ""
     file: str = ""
