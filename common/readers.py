@@ -24,7 +24,13 @@ from common.sources import CsvSource, NpzSource, ParquetSource, SklearnSource
 Chunk = Mapping[str, NDArray[Any]]
 
 _SKLEARN = {"breast_cancer"}
-CHUNK_ROWS = 50_000
+_CHUNK_CELLS = 500_000
+_MOST_ROWS, _FEWEST_ROWS = 50_000, 100
+
+
+def chunk_rows(columns: int) -> int:
+    """Rows a chunk, so that it takes some tens of MB however wide the table is."""
+    return max(_FEWEST_ROWS, min(_MOST_ROWS, _CHUNK_CELLS // max(1, columns)))
 
 
 class Source(Protocol):
@@ -86,10 +92,11 @@ class CsvTable:
 
     patient = ""
 
-    def __init__(self, spec: CsvSource, folder: Path, *, chunk_rows: int = CHUNK_ROWS) -> None:
-        self._spec, self._path, self._rows = spec, existing(folder, spec.path), chunk_rows
+    def __init__(self, spec: CsvSource, folder: Path, *, rows: int | None = None) -> None:
+        self._spec, self._path = spec, existing(folder, spec.path)
         self.origin = spec.path
         self.columns = tuple(spec.header) or self._header()
+        self._rows = rows or chunk_rows(len(self.columns))
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:
         """Cells as text."""
@@ -148,10 +155,10 @@ class ParquetTable:
 
     patient = ""
 
-    def __init__(self, spec: ParquetSource, folder: Path, *, chunk_rows: int = CHUNK_ROWS) -> None:
+    def __init__(self, spec: ParquetSource, folder: Path, *, rows: int | None = None) -> None:
         self._parquet = needed("pyarrow.parquet", "parquet", "kind = 'parquet'")
         self._arrow = needed("pyarrow", "parquet", "kind = 'parquet'")
-        self._rows, self.origin = chunk_rows, spec.path
+        self._rows, self.origin = rows, spec.path
         path = folder / spec.path
         self._files = (
             sorted(path.glob("*.parquet")) if path.is_dir() else [existing(folder, spec.path)]
@@ -171,7 +178,8 @@ class ParquetTable:
                     f"this one; export all with the same columns"
                 )
             try:
-                for batch in file.iter_batches(batch_size=self._rows, columns=list(wanted)):
+                rows = self._rows or chunk_rows(len(wanted))
+                for batch in file.iter_batches(batch_size=rows, columns=list(wanted)):
                     yield {
                         name: batch.column(name).to_numpy(zero_copy_only=False) for name in wanted
                     }

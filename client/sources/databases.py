@@ -32,7 +32,7 @@ from sqlalchemy.sql.elements import quoted_name
 
 from client.sources.specs import Database, SqlSource
 from common.errors import DataError
-from common.readers import CHUNK_ROWS, Chunk
+from common.readers import Chunk, chunk_rows
 
 
 def quoted(name: str) -> quoted_name:
@@ -85,10 +85,10 @@ def reading(engine: Engine, origin: str) -> Iterator[Connection]:
 
 
 def rows_in_chunks(
-    connection: Connection, statement: Any, names: Sequence[str], rows: int = CHUNK_ROWS
+    connection: Connection, statement: Any, names: Sequence[str]
 ) -> Iterator[Chunk]:
     """The statement's rows, fetched in parts by a cursor at the server."""
-    streamed = connection.execution_options(stream_results=True, yield_per=rows)
+    streamed = connection.execution_options(stream_results=True, yield_per=chunk_rows(len(names)))
     for part in streamed.execute(statement).partitions():
         cells = list(zip(*part, strict=True))
         yield {name: _array(values) for name, values in zip(names, cells, strict=True)}
@@ -124,8 +124,8 @@ class SqlTable:
 
     def _names(self, connection: Connection) -> tuple[str, ...]:
         if self._spec.query:
-            statement: Any = select(text("*")).select_from(self._relation()).limit(0)
-            return tuple(connection.execute(statement).keys())
+            nothing: Any = select(text("*")).select_from(self._relation()).limit(0)
+            return tuple(connection.execute(nothing).keys())
         name, schema = _split(self._spec.table)
         return tuple(str(one["name"]) for one in inspect(connection).get_columns(name, schema))
 
