@@ -31,7 +31,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.sql.elements import quoted_name
 
 from client.sources.specs import Database, SqlSource
-from common.errors import DataError
+from common.errors import DataError, nearest
 from common.readers import Chunk, chunk_rows
 
 
@@ -84,9 +84,7 @@ def reading(engine: Engine, origin: str) -> Iterator[Connection]:
         engine.dispose()
 
 
-def rows_in_chunks(
-    connection: Connection, statement: Any, names: Sequence[str]
-) -> Iterator[Chunk]:
+def rows_in_chunks(connection: Connection, statement: Any, names: Sequence[str]) -> Iterator[Chunk]:
     """The statement's rows, fetched in parts by a cursor at the server."""
     streamed = connection.execution_options(stream_results=True, yield_per=chunk_rows(len(names)))
     for part in streamed.execute(statement).partitions():
@@ -104,6 +102,12 @@ class SqlTable:
         self.origin = spec.table or "query"
         with reading(open_database(spec, folder), self.origin) as connection:
             self.columns = self._names(connection)
+        for name in spec.key:
+            # SQLite takes an unknown name in quotation marks for a text.
+            if name not in self.columns:
+                raise DataError(
+                    f"{self.origin}: key: column {name!r} not found; {nearest(name, self.columns)}"
+                )
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:
         """Cells in the database's types; missing ones as None."""

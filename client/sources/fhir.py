@@ -31,9 +31,7 @@ class FhirBundles:
     def __init__(self, spec: FhirSource, folder: Path) -> None:
         self._spec, self._root = spec, folder / spec.path
         if not self._root.is_dir():
-            raise DataError(
-                f"{self._root}: no such folder; expected one with FHIR bundles (*.json)"
-            )
+            raise DataError(f"{self._root}: no such folder; expected one with bundles (*.json)")
         self._files = sorted(self._root.rglob("*.json"))
         if not self._files:
             raise DataError(f"{self._root}: expected FHIR bundles (*.json), found none")

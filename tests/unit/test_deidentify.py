@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from client.sources.deidentify import (
     AgesCapped,
-    Deidentified,
     DeidentificationRules,
+    Deidentified,
     looks_like_identifier,
 )
 from client.sources.reading import read_records
@@ -41,9 +41,7 @@ def read(
 ) -> Table:
     (folder / "x.csv").write_text(text, encoding="utf-8")
     rules = DeidentificationRules.model_validate(settings.pop("rules", {}))
-    spec = CsvSource.model_validate_json(
-        json.dumps({"kind": "csv", "path": "x.csv", **settings})
-    )
+    spec = CsvSource.model_validate_json(json.dumps({"kind": "csv", "path": "x.csv", **settings}))
     return read_records(spec, dictionary, folder, rules=rules, secret=lambda: key)
 
 
@@ -60,20 +58,22 @@ def shifted(patients: list[str], dates: list[str], key: bytes = KEY, **rules: An
     return (chunk["day"] - np.array(dates, "datetime64[s]")).astype("timedelta64[D]").astype(int)
 
 
-@pytest.mark.parametrize(
-    "column",
-    "name Surname patient_name FirstName home_phone e-mail SSN zip_code postal-code MRN next_of_kin "
-    "IPAddress mothersMaidenName work_fax birthplace".split(),
+IDENTIFIERS = (
+    "name Surname patient_name FirstName home_phone e-mail SSN zip_code postal-code MRN "
+    "next_of_kin IPAddress mothersMaidenName work_fax birthplace"
 )
+MEASUREMENTS = (
+    "age drug_name chol thal mean_radius time_in_hospital medical_specialty payer_code smiles "
+    "source_site number_diagnoses admission_type_id insulin country"
+)
+
+
+@pytest.mark.parametrize("column", IDENTIFIERS.split())
 def test_identifiers_are_known_by_name(column: str) -> None:
     assert looks_like_identifier(column)
 
 
-@pytest.mark.parametrize(
-    "column",
-    "age drug_name chol thal mean_radius time_in_hospital medical_specialty payer_code smiles "
-    "source_site number_diagnoses admission_type_id insulin country".split(),
-)
+@pytest.mark.parametrize("column", MEASUREMENTS.split())
 def test_measurements_are_no_identifiers(column: str) -> None:
     assert not looks_like_identifier(column)
 
@@ -96,9 +96,7 @@ def test_the_patient_may_be_an_identifier_and_the_rest_is_listed(tmp_path: Path)
         rules={"drop": ("ward_*",)},
     )
     assert table.patients.tolist() == ["7", "7"]
-    assert table.report.deidentified == (
-        "never read, as direct identifiers: name, ssn, ward_no",
-    )
+    assert table.report.deidentified == ("never read, as direct identifiers: name, ssn, ward_no",)
 
 
 def test_intervals_survive_the_shift_and_dates_do_not(tmp_path: Path) -> None:
@@ -157,13 +155,20 @@ def test_dates_in_other_writing_and_zones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "unit", "cells", "expected"),
     [
-        ("age", None, ["89", "90", "101.5", "?", "abc", "999"], ["89", "90", "90", "?", "abc", "999"]),
+        (
+            "age",
+            None,
+            ["89", "90", "101.5", "?", "abc", "999"],
+            ["89", "90", "90", "?", "abc", "999"],
+        ),
         ("age_at_visit", None, [89.0, 97.0, np.nan], [89.0, 90.0, np.nan]),
         ("ageMonths", "mo", ["1068", "1200"], ["1068", "1080"]),
         ("dosage", None, ["95"], ["95"]),
     ],
 )
-def test_ages_over_89_are_90(column: str, unit: str | None, cells: list[Any], expected: Any) -> None:
+def test_ages_over_89_are_90(
+    column: str, unit: str | None, cells: list[Any], expected: Any
+) -> None:
     mapping = ColumnMapping(units={column: unit} if unit else {})
     array = np.array(cells, object if isinstance(cells[0], str) else float)
     capped = AgesCapped(Arrays("x", {column: array}), mapping, DeidentificationRules())

@@ -45,9 +45,7 @@ def test_an_unknown_unit_names_the_nearest() -> None:
         conversion("mgg/dL", "mg/dL")
 
 
-@given(
-    st.sampled_from(sorted(_UNITS)), st.sampled_from(sorted(_UNITS)), st.floats(-1e6, 1e6)
-)
+@given(st.sampled_from(sorted(_UNITS)), st.sampled_from(sorted(_UNITS)), st.floats(-1e6, 1e6))
 def test_there_and_back_is_the_same(found: str, wanted: str, value: float) -> None:
     try:
         there, back = conversion(found, wanted), conversion(wanted, found)
