@@ -81,7 +81,7 @@ class DicomFolder:
             except Exception as error:
                 self._files_out.add(self._reason(header, error), name)
                 continue
-            self._silent += header.get("BurnedInAnnotation") is None
+            self._silent += _text(header.get("BurnedInAnnotation")) is None
             for picture in pictures:
                 yield {**row, self._image: picture}
 
