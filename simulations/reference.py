@@ -140,7 +140,8 @@ def _words(annotation: Any) -> str:
     if origin in (tuple, list):
         return "list of " + _words(arguments[0])
     if arguments and origin is not dict:
-        return " or ".join(_words(one) for one in arguments if one is not type(None))
+        words = (_words(one) for one in arguments if one is not type(None))
+        return " or ".join(dict.fromkeys(words))
     if inspect.isclass(annotation) and issubclass(annotation, StrEnum):
         return ", ".join(f"`{one.value}`" for one in annotation)
     return _plain(annotation)
