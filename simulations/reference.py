@@ -19,6 +19,7 @@ from pydantic_core import PydanticUndefined
 from common.dictionary import Column, Dictionary, Label
 from common.sources import (
     ClinicalColumn,
+    ColumnMapping,
     CsvSource,
     DicomSource,
     FhirSource,
@@ -51,6 +52,7 @@ _SECTIONS: tuple[tuple[str, type[Strict]], ...] = (
     ("[simulation]", SimulationSpec),
     ("[simulation.sites]", SitesSpec),
     ("[[simulation.hospital]]", HospitalData),
+    ("source of any kind", ColumnMapping),
     ("source of kind csv", CsvSource),
     ("source of kind parquet", ParquetSource),
     ("source of kind npz", NpzSource),
@@ -88,7 +90,10 @@ def study_reference() -> str:
     for title, model in _SECTIONS:
         doc = inspect.cleandoc(model.__doc__ or "")
         lines += [f"## {title}", "", doc, "", "| key | values | default |", "|---|---|---|"]
+        shared = ColumnMapping.model_fields if model.__bases__ != (Strict,) else {}
         for name, field in model.model_fields.items():
+            if name in shared:
+                continue
             default = (
                 "required"
                 if field.is_required()

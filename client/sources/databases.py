@@ -19,7 +19,6 @@ from sqlalchemy import (
     Connection,
     Engine,
     FromClause,
-    Select,
     column,
     create_engine,
     inspect,
@@ -114,7 +113,7 @@ class SqlTable:
         # Without an order a database may give another one each time, and patients would change
         # between training and testing.
         order = self._spec.key or tuple(wanted)
-        statement: Select[Any] = (
+        statement: Any = (
             select(*(column(quoted(name)) for name in wanted))
             .select_from(self._relation())
             .order_by(*(column(quoted(name)) for name in order))
