@@ -76,6 +76,12 @@ class HospitalFile(Strict):
         """Where the records for ``study`` are."""
         return self.sources.get(study.name, self.source)
 
+    def secret_variables(self) -> set[str]:
+        """The environment variables that hold passwords of its databases."""
+        sources = (self.source, *self.sources.values())
+        passwords = (getattr(one, "password", None) for one in sources)
+        return {one.env for one in passwords if one is not None and one.env}
+
 
 def load_hospital_file(folder: Path) -> HospitalFile:
     """The settings in ``folder``. Raises DataError or StudyError in one line."""

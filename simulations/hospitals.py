@@ -149,6 +149,13 @@ def write_world(world: World, folder: Path, *, noise_seed: int | None = None) ->
     ``noise_seed``: every hospital draws repeatable test noise, which protects nobody.
     """
     study, path = world.study, folder / "study.toml"
+    if not study.dictionary.patient_id and any(
+        len(set(site.table.patients)) < len(site.table) for site in world.sites
+    ):
+        raise StudyError(
+            "dictionary.patient_id: expected a name, since patients here have several records, and "
+            "would be taken for several people"
+        )
     if folder.exists() and any(folder.iterdir()):
         if not (path.is_file() and (folder / "hospitals").is_dir()):
             raise StudyError(f"{folder}: not empty and not a split study; choose another folder")
@@ -294,11 +301,6 @@ def _write_table(table: Table, folder: Path) -> dict[str, Any]:
     """Write records in the dictionary's own terms; the source that reads them back."""
     folder.mkdir(parents=True, exist_ok=True)
     dictionary = table.dictionary
-    if not dictionary.patient_id and len(set(table.patients)) < len(table):
-        raise StudyError(
-            "dictionary.patient_id: expected a name, since patients here have several records, and "
-            "would be taken for several people"
-        )
     if dictionary.image_shape is not None:
         column = dictionary.columns[0].name
         labels = np.array(

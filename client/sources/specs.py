@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from common.errors import SecretError
-from common.secretfiles import check_private
+from common.secretfiles import CREDENTIALS_VARIABLE, check_private
 from common.sources import (
     ClinicalMapping,
     ColumnMapping,
@@ -53,7 +53,10 @@ class SecretReference(Strict):
                 )
             return environ[self.env]
         path = folder / self.file
-        check_private(path)
+        credentials = environ.get(CREDENTIALS_VARIABLE)
+        check_private(
+            path, handed_over=bool(credentials) and path.parent == Path(credentials or "")
+        )
         return path.read_text(encoding="utf-8").strip()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 from sqlalchemy import create_engine, text
 
-from client.sources.databases import open_database, reading
+from client.services import Wiring, outer_services, runner_service
+from client.sources.databases import SqlTable, open_database, reading
 from client.sources.reading import read_public
 from client.sources.specs import OmopSource, SecretReference, SqlSource
 from common.dictionary import Dictionary
@@ -184,6 +187,10 @@ def test_passwords_come_from_the_environment_or_a_private_file(tmp_path: Path) -
     path.chmod(0o640)
     with pytest.raises(SecretError, match="expected mode 600"):
         SecretReference(file="db.secret").read(tmp_path)
+    # A service manager hands it over in a folder of this service's own.
+    handed = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    path.chmod(0o440)
+    assert SecretReference(file=str(path)).read(tmp_path / "elsewhere", handed) == "s3"
     path.chmod(0o600)
     source = parse_strict(
         SqlSource,
@@ -200,6 +207,37 @@ def test_passwords_come_from_the_environment_or_a_private_file(tmp_path: Path) -
     with pytest.raises(DataError, match="the database says OperationalError") as caught:
         read(source, tmp_path)
     assert "s3" not in str(caught.value)
+
+
+def test_only_the_runner_knows_a_databases_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the tunnel to the outside nor Flower's SuperNode has business with records."""
+    monkeypatch.setenv("WARD_PASSWORD", "s3")
+    monkeypatch.setenv("OTHER_PASSWORD", "s4")
+    database = {"kind": "sql", "url": "postgresql+psycopg://me@db/x", "table": "t"}
+    settings = {
+        "name": "north",
+        "declared_patients": 10,
+        "source": database | {"password": {"env": "WARD_PASSWORD"}},
+        "sources": {"heart": database | {"password": {"env": "OTHER_PASSWORD"}}},
+    }
+    (tmp_path / "hospital.toml").write_text(tomli_w.dumps(settings))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        wiring = Wiring(folder=tmp_path, tunnel=listening, node_key=0, runtime_port=1, drain_s=1.0)
+        for service in outer_services(wiring, lambda: None):
+            assert not {"s3", "s4"} & set(service.environ.values())
+        assert runner_service(wiring).environ["WARD_PASSWORD"] == "s3"
+
+
+def test_rows_come_in_parts(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = read(sql(url, table="lab"), tmp_path)
+    monkeypatch.setattr("client.sources.databases.chunk_rows", lambda _: 1)
+    source = SqlTable(sql(url, table="lab"), tmp_path)
+    assert [len(chunk["pid"]) for chunk in source.chunks(["pid", "ill"])] == [1, 1, 1]
+    parts = read(sql(url, table="lab"), tmp_path)
+    assert parts.patients.tolist() == whole.patients.tolist()
+    np.testing.assert_array_equal(parts.values["chol"], whole.values["chol"])
 
 
 def test_a_study_file_cannot_name_a_database(tree: dict[str, Any]) -> None:

@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from client.sources.reading import read_public
-from common.dictionary import Dictionary
+from common.columns import KINDS, ColumnReport, NumericReading
+from common.dictionary import Column, Dictionary
 from common.errors import DataError
 from common.readers import CsvTable, ParquetTable, chunk_rows
-from common.sources import CsvSource, ParquetSource
+from common.sources import ColumnMapping, CsvSource, ParquetSource
 from common.tables import Table, harmonise, read_table
 
 LAB = Dictionary.model_validate_json(
@@ -124,6 +125,31 @@ def test_chunks_stay_small_however_wide_the_table() -> None:
     assert chunk_rows(3) == 50_000
     assert chunk_rows(1_000) == 500
     assert chunk_rows(10**7) == 100
+
+
+class TimeAndEvent:
+    """A kind of column that reads two cells of a row: what a new kind has to provide."""
+
+    def __init__(self, column: Column, mapping: ColumnMapping) -> None:
+        self._parts = [NumericReading(column, mapping), NumericReading(column, mapping)]
+        self.names = (column.name, f"{column.name}_seen")
+
+    def read(self, *cells: Any) -> Any:
+        return np.stack([part.read(one) for part, one in zip(self._parts, cells, strict=True)], 1)
+
+    def report(self) -> ColumnReport:
+        return self._parts[0].report()
+
+
+def test_a_new_kind_of_column_is_one_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KINDS, "numeric", TimeAndEvent)
+    survival = Dictionary.model_validate_json(
+        """{"label": {"name": "ill", "classes": [["no"], ["yes"]]},
+            "columns": [{"name": "days", "kind": "numeric", "range": [0, 900]}]}"""
+    )
+    spec = csv(tmp_path, "days,seen,ill\n5,1,no\n9,0,yes\n,1,no\n", rename={"days_seen": "seen"})
+    table = harmonise(CsvTable(spec, tmp_path, rows=2), spec, survival)
+    np.testing.assert_array_equal(table.values["days"], [[5, 1], [9, 0], [np.nan, 1]])
 
 
 # Parquet
