@@ -160,7 +160,11 @@ def _open(path: Path, run: ArmRun, data_folder: Path, noise_seed: int | None) ->
         # Only where all hospitals take part: `consilium resume` gives a run all of them.
         folder.write_json(
             "simulation.json",
-            {"data_folder": str(data_folder.resolve()), "noise_seed": noise_seed},
+            {
+                "data_folder": str(data_folder.resolve()),
+                "noise_seed": noise_seed,
+                "engine": "stacked",
+            },
         )
     return folder
 

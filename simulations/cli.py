@@ -22,6 +22,7 @@ from client.cli import hospital_app
 from common.errors import ConsiliumError, StudyError, nearest
 from server.cli import coordinator_app
 from simulations.audit_cli import audit_app
+from simulations.data_cli import data_app
 from simulations.options import (
     DATA_HOME,
     DataOption,
@@ -49,11 +50,6 @@ study_app = typer.Typer(
     no_args_is_help=True,
     help="Study files.",
     epilog="Example: consilium study check deploy/examples/heart.toml",
-)
-data_app = typer.Typer(
-    no_args_is_help=True,
-    help="Data against a study's dictionary.",
-    epilog="Example: consilium data check study.toml --data FOLDER",
 )
 app.add_typer(study_app, name="study", rich_help_panel="Researcher")
 app.add_typer(data_app, name="data", rich_help_panel="Researcher")
@@ -227,23 +223,6 @@ def study_check(study: StudyArgument, as_json: JsonOption = False) -> None:
 
     facts = describe(load(study, None))
     emit(as_json, facts, "\n".join(describe_lines(facts)))
-
-
-@data_app.command(
-    "check", epilog="Example: consilium data check deploy/examples/heart.toml --data FOLDER"
-)
-def data_check(
-    study: StudyArgument, data: DataOption = Path(), as_json: JsonOption = False
-) -> None:
-    """Report missing, out-of-range and unmapped values at each hospital."""
-    from simulations.describe import check_data, data_tables
-
-    reports = check_data(load(study, None), data)
-    if as_json:
-        emit(True, reports, "")
-        return
-    for table in data_tables(reports):
-        Console().print(table)
 
 
 def main() -> None:

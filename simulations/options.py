@@ -23,7 +23,7 @@ NoiseSeedOption = Annotated[
     int | None, typer.Option(help="Repeatable test noise in place of secret noise: NO privacy.")
 ]
 EngineOption = Annotated[
-    str, typer.Option(help="Who answers for the hospitals: auto, one-by-one or ray.")
+    str, typer.Option(help="Who answers for the hospitals: auto, stacked, one-by-one or ray.")
 ]
 ReplaceOption = Annotated[bool, typer.Option("--replace", help="Start over in a used folder.")]
 

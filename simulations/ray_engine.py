@@ -66,7 +66,7 @@ def check_ray(study: Study) -> None:
     if study.privacy.trust is Trust.DISTRIBUTED:
         raise StudyError(
             "engine 'ray': with trust = 'distributed' a hospital keeps keys between two messages, "
-            "which Ray may give to different workers; use --engine one-by-one"
+            "which Ray may give to different workers; use --engine stacked"
         )
     if address := os.environ.get("RAY_ADDRESS"):
         _check_address(address)

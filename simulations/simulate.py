@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from flwr.app import Context, Message, RecordDict
 
@@ -20,13 +20,14 @@ from common.tables import Table
 from server.app import Job, build_server_app
 from server.conduct import Progress
 from server.store import RunFolder
+from simulations.engine import StackedEngine
 from simulations.grid import Backend, InProcessGrid, one_by_one
 from simulations.hospitals import World, build_world, open_world, secret_noise, seeded_noise
 from simulations.ray_engine import check_ray, ray_backend
 from simulations.traffic import Meter
 
 Watch = Callable[[Progress], None]
-Engine = Literal["auto", "one-by-one", "ray"]
+Engine = Literal["auto", "stacked", "one-by-one", "ray"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 
@@ -37,9 +38,15 @@ def run_in_process(
     corpus: Table | None,
     watch: Watch,
     *,
+    engine: Literal["stacked", "one-by-one"] = "stacked",
+    memory_bytes: int | None = None,
     debug: bool = False,
 ) -> None:
-    """Conduct ``study`` over ``hospitals`` through the same two apps a deployment runs."""
+    """Conduct ``study`` over ``hospitals`` through the same two apps a deployment runs.
+
+    ``engine``: ``stacked`` trains many hospitals as one batch (see ``engine``), of at most
+    ``memory_bytes``; ``one-by-one`` is its plain twin. Their results agree to rounding.
+    """
     client_app = build_client_app(
         lambda context, _: nullcontext(hospitals[context.node_id - 1]), debug=debug
     )
@@ -47,7 +54,9 @@ def run_in_process(
     def handle(message: Message) -> Message:
         return client_app(message, _context(message.metadata.dst_node_id))
 
-    backend = one_by_one(handle, debug=debug)
+    backend: Backend = one_by_one(handle, debug=debug)
+    if engine == "stacked":
+        backend = StackedEngine(hospitals, backend, memory_bytes=memory_bytes, debug=debug)
     conduct_over(study, run, len(hospitals), backend, corpus, watch)
 
 
@@ -76,12 +85,13 @@ def simulate(
     *,
     noise_seed: int | None = None,
     engine: Engine = "auto",
+    memory_bytes: int | None = None,
     replace: bool = False,
     debug: bool = False,
 ) -> RunFolder:
     """A new run of ``study`` in the folder ``path``.
 
-    ``engine``: who answers for the hospitals; ``auto`` is this process. The result is the same.
+    ``engine``: who answers for the hospitals; ``auto`` is ``stacked``. Results agree to rounding.
     ``noise_seed`` replaces every hospital's secret noise by repeatable test noise; the privacy
     statement then says that nothing is guaranteed.
     """
@@ -91,15 +101,14 @@ def simulate(
     if replace and (path / "study.toml").is_file() and (path / "environment.json").is_file():
         shutil.rmtree(path)
     run = RunFolder.create(path, study)
-    run.write_json(
-        "simulation.json",
-        {
-            "data_folder": str(data_folder.resolve()),
-            "noise_seed": noise_seed,
-            "engine": engine,
-        },
-    )
-    _conduct(world, run, watch, noise_seed, engine, debug=debug)
+    settings = {
+        "data_folder": str(data_folder.resolve()),
+        "noise_seed": noise_seed,
+        "engine": "stacked" if engine == "auto" else engine,
+        "memory_bytes": memory_bytes,
+    }
+    run.write_json("simulation.json", settings)
+    _conduct(world, run, watch, settings, debug=debug)
     return run
 
 
@@ -108,11 +117,11 @@ def resume(path: Path, watch: Watch, *, debug: bool = False) -> RunFolder:
     run, study = RunFolder.open(path)
     if (path / "result.json").exists():
         return run
-    settings = run.read_json("simulation.json")
-    engine = parse_engine(settings.get("engine", "auto"))
-    check_engine(engine, study)
+    # One by one, as runs were made before they said how.
+    settings = {"engine": "one-by-one", "memory_bytes": None} | run.read_json("simulation.json")
+    check_engine(parse_engine(settings["engine"]), study)
     world = build_world(study, Path(settings["data_folder"]))
-    _conduct(world, run, watch, settings["noise_seed"], engine, debug=debug)
+    _conduct(world, run, watch, settings, debug=debug)
     return run
 
 
@@ -133,20 +142,24 @@ def check_engine(engine: Engine, study: Study) -> None:
 
 
 def _conduct(
-    world: World,
-    run: RunFolder,
-    watch: Watch,
-    noise_seed: int | None,
-    engine: Engine,
-    *,
-    debug: bool,
+    world: World, run: RunFolder, watch: Watch, settings: Mapping[str, Any], *, debug: bool
 ) -> None:
-    study, noise = world.study, run_noise(run, [site.name for site in world.sites], noise_seed)
-    if engine == "ray":
-        with ray_backend(run, study, world, noise, debug=debug) as backend:
-            conduct_over(study, run, len(world.sites), backend, world.corpus, watch)
+    """Conduct the run as its ``simulation.json`` says."""
+    noise = run_noise(run, [site.name for site in world.sites], settings["noise_seed"])
+    if settings["engine"] == "ray":
+        with ray_backend(run, world.study, world, noise, debug=debug) as backend:
+            conduct_over(world.study, run, len(world.sites), backend, world.corpus, watch)
         return
-    run_in_process(study, run, open_world(world, noise), world.corpus, watch, debug=debug)
+    run_in_process(
+        world.study,
+        run,
+        open_world(world, noise),
+        world.corpus,
+        watch,
+        engine=settings["engine"],
+        memory_bytes=settings["memory_bytes"],
+        debug=debug,
+    )
 
 
 def load_hospitals(path: Path) -> tuple[Study, list[Hospital]]:

@@ -23,7 +23,11 @@ from server.conduct import Progress
 from simulations.simulate import Engine, parse_engine, simulate
 
 _PATIENTS, _COLUMNS, _ROUNDS = 40, 20, 4
-_SIZES: dict[Engine, tuple[int, int]] = {"one-by-one": (100, 1000), "ray": (20, 200)}
+_SIZES: dict[Engine, tuple[int, int]] = {
+    "stacked": (100, 1000),
+    "one-by-one": (100, 1000),
+    "ray": (20, 200),
+}
 _PROGRAM = "from simulations.bench.scale import main; main()"
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")

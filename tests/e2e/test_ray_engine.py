@@ -266,7 +266,7 @@ def test_what_ray_cannot_run_is_refused_in_one_line(
     sums = short(wisconsin).revised(
         distill__on="public", privacy__trust="distributed", federation__hospitals=HOSPITALS
     )
-    refused(sums, StudyError, "--engine one-by-one")
+    refused(sums, StudyError, "--engine stacked")
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{_free_port()}")
     refused(short(wisconsin), RunError, "no cluster answers")
     monkeypatch.setenv("RAY_ADDRESS", "ray://somewhere")
