@@ -188,7 +188,9 @@ def test_simulating_on_ray_gives_the_run_in_process_even_when_interrupted(
     wisconsin: Study, tmp_path: Path
 ) -> None:
     study, path = short(wisconsin).revised(finetune__rounds=40), tmp_path / "ray"
-    twin = simulate(study, tmp_path / "twin", Path(), lambda _: None, noise_seed=SEED)
+    twin = simulate(
+        study, tmp_path / "twin", Path(), lambda _: None, noise_seed=SEED, engine="one-by-one"
+    )
     (tmp_path / "study.toml").write_text(study.to_toml())
     asked = ("--run", path, "--engine", "ray", "--noise-seed", str(SEED))
     with consilium("simulate", tmp_path / "study.toml", *asked) as child:
