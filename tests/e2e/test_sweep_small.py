@@ -253,6 +253,17 @@ def test_a_selection_keeps_the_best_trial_alone(
     assert f"ε = {found.cost.training:.3g}" in statement
 
 
+def test_trials_under_test_noise_differ_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores: list[float] = []
+    real = selection._score
+    monkeypatch.setattr(selection, "_score", lambda run: scores.append(real(run)) or scores[-1])
+    monkeypatch.setattr(selection, "_drawn", lambda *_: [0, 0])
+    chosen(tmp_path / "s", noise_seed=5)
+    assert scores[0] != scores[1]
+
+
 def test_an_interrupted_selection_keeps_its_draw(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
