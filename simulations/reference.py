@@ -14,9 +14,21 @@ from typing import Any
 
 import click
 import typer
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from common.dictionary import Column, Dictionary, Label
+from common.scenario import (
+    AttackSpec,
+    DropoutsSpec,
+    LateSpec,
+    MissingColumnsSpec,
+    NetworkSpec,
+    ObserverSpec,
+    ParticipationSpec,
+    ScenarioSpec,
+    StragglersSpec,
+)
 from common.sources import SourceSpec
 from common.strict import Strict
 from common.study import (
@@ -41,6 +53,15 @@ _SECTIONS: tuple[tuple[str, type[Strict]], ...] = (
     ("[simulation.sites]", SitesSpec),
     ("[[simulation.hospital]]", HospitalData),
     ("[simulation.source], source of a hospital", SourceSpec),
+    ("[simulation.scenario]", ScenarioSpec),
+    ("[simulation.scenario.participation]", ParticipationSpec),
+    ("[simulation.scenario.dropouts]", DropoutsSpec),
+    ("[simulation.scenario.late]", LateSpec),
+    ("[simulation.scenario.network]", NetworkSpec),
+    ("[simulation.scenario.stragglers]", StragglersSpec),
+    ("[simulation.scenario.missing_columns]", MissingColumnsSpec),
+    ("[simulation.scenario.attack]", AttackSpec),
+    ("[simulation.scenario.observer]", ObserverSpec),
     ("[public]", PublicSpec),
     ("[teacher], [student]", ModelSpec),
     ("optimiser of a stage", OptimiserSpec),
@@ -69,12 +90,7 @@ def study_reference() -> str:
         doc = inspect.cleandoc(model.__doc__ or "")
         lines += [f"## {title}", "", doc, "", "| key | values | default |", "|---|---|---|"]
         for name, field in model.model_fields.items():
-            default = (
-                "required"
-                if field.is_required()
-                else _default(field.get_default(call_default_factory=True, validated_data={}))
-            )
-            lines.append(f"| `{name}` | {_words(field.annotation)} | {default} |")
+            lines.append(f"| `{name}` | {value_words(field)} | {default_words(field)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -109,6 +125,18 @@ def walk(
     yield path, command
     for name, child in getattr(command, "commands", {}).items():
         yield from walk(child, (*path, name))
+
+
+def value_words(field: FieldInfo) -> str:
+    """Which values a key takes."""
+    return _words(field.annotation)
+
+
+def default_words(field: FieldInfo) -> str:
+    """What a key is when it is left out."""
+    if field.is_required():
+        return "required"
+    return _default(field.get_default(call_default_factory=True, validated_data={}))
 
 
 def _words(annotation: Any) -> str:

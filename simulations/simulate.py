@@ -21,6 +21,7 @@ from server.conduct import Progress
 from server.store import RunFolder
 from simulations.grid import InProcessGrid, one_by_one
 from simulations.hospitals import build_world, open_world, secret_noise, seeded_noise
+from simulations.scenarios import open_scene
 
 Watch = Callable[[Progress], None]
 
@@ -38,12 +39,13 @@ def run_in_process(
     client_app = build_client_app(
         lambda context, _: nullcontext(hospitals[context.node_id - 1]), debug=debug
     )
-    server_app = build_server_app(lambda _: Job(study, run, corpus, watch))
+    scene = open_scene(study, run, hospitals)
+    server_app = build_server_app(lambda _: Job(study, run, corpus, watch, facts=scene.facts))
 
     def handle(message: Message) -> Message:
         return client_app(message, _context(message.metadata.dst_node_id))
 
-    grid = InProcessGrid(len(hospitals), one_by_one(handle, debug=debug))
+    grid = InProcessGrid(len(hospitals), scene.over(one_by_one(handle, debug=debug)))
     server_app(grid, _context(0))
 
 
