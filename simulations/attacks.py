@@ -63,7 +63,9 @@ def attack_outcome(
     ``auc_loss``, ``accuracy_loss``: of the student at all (honest) test patients, against the run
     without attack; None before that has finished. ``backdoor_rate``: of test patients of other
     classes who are given the target class once the trigger is stamped on them;
-    ``backdoor_rate_without``: by the student of the run without attack.
+    ``backdoor_rate_without``: by the student of the run without attack. The same of the teacher,
+    which learns from the poisoned records themselves: a student that learns on public records,
+    where the trigger is rare, hardly takes it over.
     """
     attack = scenario_of(study).attack
     if attack is None:
@@ -86,11 +88,16 @@ def attack_outcome(
     if attack.kind == "backdoor":
         assert attack.target_class is not None  # noqa: S101  (the study file refuses it otherwise)
         others = labels != attack.target_class
-        for key, folder in (("backdoor_rate", run), ("backdoor_rate_without", twin)):
+        for key, folder, taught in (
+            ("backdoor_rate", run, False),
+            ("backdoor_rate_without", twin, False),
+            ("teacher_backdoor_rate", run, True),
+            ("teacher_backdoor_rate_without", twin, True),
+        ):
             found[key] = None
             if (folder.path / "result.json").exists():
-                given = _probabilities(folder, study, hospitals, triggered=True).argmax(axis=1)
-                hit = (given == attack.target_class)[others].astype(float)
+                given = _probabilities(folder, study, hospitals, triggered=True, teacher=taught)
+                hit = (given.argmax(axis=1) == attack.target_class)[others].astype(float)
                 found[key] = _known(interval(_share, labels[others], hit, seed=study.seed))
     return found
 
@@ -109,10 +116,16 @@ def _loss(
 
 
 def _probabilities(
-    run: RunFolder, study: Study, hospitals: list[Hospital], *, triggered: bool = False
+    run: RunFolder,
+    study: Study,
+    hospitals: list[Hospital],
+    *,
+    triggered: bool = False,
+    teacher: bool = False,
 ) -> Floats:
-    """Of the run's student, at all test records [rows, classes]."""
-    _, student, features = finished_models(run, study)
+    """Of the run's student (or ``teacher``), at all test records [rows, classes]."""
+    taught, learned, features = finished_models(run, study)
+    model = taught if teacher else learned
     attack = scenario_of(study).attack
     tables = [one.test for one in hospitals]
     if triggered and attack is not None:
@@ -120,7 +133,7 @@ def _probabilities(
     task = task_named(study.task)
     return np.concatenate(
         [
-            task.probabilities(answer(student, features.encode(table))).double().numpy()
+            task.probabilities(answer(model, features.encode(table))).double().numpy()
             for table in tables
         ]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from common.scenario import (
@@ -58,7 +59,7 @@ def catalogue() -> dict[str, Any]:
     scenarios = {
         name: {
             "section": f"[simulation.scenario.{name}]",
-            "meaning": inspect.cleandoc(spec.__doc__ or "").splitlines()[0],
+            "meaning": inspect.cleandoc(spec.__doc__ or "").splitlines()[0].replace("``", ""),
             "keys": [_key(spec, key) for key in spec.model_fields],
         }
         for name, spec in _PARTS.items()
@@ -73,7 +74,7 @@ def catalogue_tables(found: dict[str, Any]) -> list[Table]:
         ("How patients fall to hospitals: partition = … in [simulation]", found["partitions"]),
         ("What may go wrong: sections [simulation.scenario.…]", found["scenarios"]),
     ):
-        table = Table(title=title, title_justify="left", show_lines=True)
+        table = Table(title=escape(title), title_justify="left", show_lines=True)
         table.add_column("kind", no_wrap=True)
         table.add_column("keys (default)")
         table.add_column("meaning")
@@ -81,11 +82,12 @@ def catalogue_tables(found: dict[str, Any]) -> list[Table]:
             keys = "\n".join(
                 f"{one['key']}: {one['values']} ({one['default']})" for one in kind["keys"]
             )
-            table.add_row(name, keys.replace("`", ""), kind["meaning"])
+            table.add_row(name, escape(keys), escape(kind["meaning"]))
         tables.append(table)
     return tables
 
 
 def _key(spec: type[Strict], name: str) -> dict[str, str]:
     field = spec.model_fields[name]
-    return {"key": name, "values": value_words(field), "default": default_words(field)}
+    values, default = (words(field).replace("`", "") for words in (value_words, default_words))
+    return {"key": name, "values": values, "default": default}

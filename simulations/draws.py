@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -37,7 +38,8 @@ def first(seed: int, names: Iterable[str], count: int, *context: str | int) -> l
     return sorted(names, key=lambda name: uniform(seed, *context, name))[:count]
 
 
-def chosen(seed: int, some: Some, names: Iterable[str], purpose: str) -> frozenset[str]:
+@lru_cache(maxsize=64)
+def chosen(seed: int, some: Some, names: tuple[str, ...], purpose: str) -> frozenset[str]:
     """The hospitals a scenario names, or so many of ``names``."""
     return frozenset(first(seed, names, some, purpose) if isinstance(some, int) else some)
 

@@ -107,12 +107,15 @@ def _attack_words(found: Mapping[str, Any]) -> list[str]:
             f"{_figure(found['accuracy_loss'])} of accuracy at honest test patients, against the "
             f"same run without it (95 % intervals over patients)."
         )
-    if found.get("backdoor_rate"):
-        without = found["backdoor_rate_without"]
+    for model in ("student", "teacher"):
+        key = "backdoor_rate" if model == "student" else "teacher_backdoor_rate"
+        if not found.get(key):
+            continue
+        without = found[f"{key}_without"]
         beside = f"; {_figure(without)} without the attack" if without else ""
         lines.append(
-            f"The backdoor's trigger turns {_figure(found['backdoor_rate'])} of test patients of "
-            f"other classes into the target class{beside}."
+            f"The backdoor's trigger makes the {model} give {_figure(found[key])} of test patients "
+            f"of other classes the target class{beside}."
         )
     return lines
 

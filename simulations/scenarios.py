@@ -204,7 +204,7 @@ class Scene:
     def _tampered(self, at: Occasion, hospital: Hospital, reply: Message) -> Message:
         if self.tamperer is None or at.stage not in _TRAINING:
             return reply
-        if hospital.name not in attackers(self.study):
+        if hospital.name not in self.tamperer.attackers:
             return reply
         if at.question == "train":
             return self.tamperer.update(hospital, reply)
@@ -244,7 +244,9 @@ def open_scene(study: Study, run: RunFolder, hospitals: list[Hospital]) -> Scene
         study=study,
         hospitals=hospitals,
         traffic=Traffic.open(run.path / TRAFFIC),
-        tamperer=Tamperer(study, spec.attack) if tampers and spec.attack else None,
+        tamperer=Tamperer(study, spec.attack, attackers(study))
+        if tampers and spec.attack
+        else None,
         observer=Observer(run.path / "observer") if spec.observer else None,
     )
 

@@ -37,6 +37,7 @@ class Tamperer:
 
     study: Study
     attack: AttackSpec
+    attackers: frozenset[str]
 
     def update(self, hospital: Hospital, reply: Message) -> Message:
         """An update that is sent by itself."""
