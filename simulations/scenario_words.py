@@ -164,7 +164,7 @@ def _figure(values: Sequence[float | None]) -> str:
 def _time(seconds: float) -> str:
     """A duration for a reader.
 
-    >>> _time(0.29), _time(75), _time(7300)
+    >>> _time(0.29), _time(75), _time(7320)
     ('0.29 s', '1 min 15 s', '2 h 02 min')
     """
     if seconds < 60:
