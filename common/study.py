@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -423,6 +424,10 @@ class Study(Strict):
 
     def digest(self) -> str:
         """SHA-256 of what binds the parties: the study without its simulation section."""
+        return self._own_digest
+
+    @cached_property
+    def _own_digest(self) -> str:
         return _digest(self.model_dump(mode="json", exclude={"simulation"}))
 
     def revised(self, **changes: Any) -> Study:

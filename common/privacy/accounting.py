@@ -73,9 +73,12 @@ def epsilon(events: Iterable[Event], *, delta: float, relation: Relation) -> flo
     """
     check_delta(delta)
     together = merged(events)
-    if not together:
-        return 0.0
-    return _composed(together, relation, 0).epsilon(delta)
+    return _epsilon(together, delta, relation) if together else 0.0
+
+
+@lru_cache(maxsize=_CACHED_DISTRIBUTIONS)
+def _epsilon(events: tuple[GaussianEvent, ...], delta: float, relation: Relation) -> float:
+    return _composed(events, relation, 0).epsilon(delta)
 
 
 def library_epsilon(events: Iterable[Event], *, delta: float, relation: Relation) -> float:
