@@ -26,20 +26,18 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from client.guard import MemoryGuard
-from client.hospital import Hospital, records_of
-from client.rounds import features_of, freeze_for_finetune, load_teacher, train
-from common.features import FeatureMap, Scaling
+from client.hospital import Hospital
+from client.rounds import training_release, training_request, training_round
+from client.training import Assignment, read_assignment
+from common.features import Scaling, scaling_tensor
 from common.flower import unpack
 from common.learning.gradients import PerRecordGradients
 from common.learning.optimisers import learning_rate_at
-from common.models import Teacher
 from common.privacy.budget import stage_charge
 from common.privacy.plan import StepPlan, combine_records
-from common.randomness import NoiseSource, Stream
 from common.study import Study
 from common.tables import Table
-from common.tasks import task_named
-from common.tensors import get_vector, load_tensors, save_tensors, set_vector
+from common.tensors import load_tensors, save_tensors
 from common.wire import TrainReply, TrainTask
 from server.store import RunFolder
 from simulations.bootstrap import interval
@@ -48,34 +46,8 @@ from simulations.poison import scenario_of
 
 Floats = NDArray[np.float64]
 
+_WHISPER = 1e-9  # a plan without any noise does not exist
 _EXACT = 1e-3  # what stands for the noise, in clip norms, where there is none
-
-
-class _Quiet(Stream):
-    """The same choices as another stream's, and no noise."""
-
-    def __init__(self, inner: Stream) -> None:
-        self._inner = inner
-
-    def words(self, count: int) -> NDArray[np.uint64]:
-        return self._inner.words(count)
-
-    def normal(self, count: int) -> Floats:
-        return self._inner.normal(count) * 0.0
-
-
-@dataclass(frozen=True)
-class _NoNoise:
-    """A source whose streams choose as ``inner``'s do. For the observer's comparison alone."""
-
-    inner: NoiseSource
-
-    @property
-    def is_secret(self) -> bool:
-        return self.inner.is_secret  # the streams are bound to the same things
-
-    def stream(self, *context: bytes | str | int) -> Stream:
-        return _Quiet(self.inner.stream(*context))
 
 
 @dataclass(frozen=True)
@@ -89,17 +61,32 @@ class Observer:
         task, seen = unpack(TrainTask, message.content), unpack(TrainReply, reply.content)
         if task.stage != "finetune":
             return
-        quiet = replace(hospital, guard=MemoryGuard(_NoNoise(hospital.guard.noise)))
-        features = features_of(hospital.study, task.scaling)
-        teacher = load_teacher(hospital.study, features, task.teacher)
+        assignment = training_round(hospital.study, task)
         save_tensors(
             self.folder / f"{task.round + 1:04d}-{hospital.name}.safetensors",
             {
-                "weights": get_vector(freeze_for_finetune(hospital.study, teacher)),
+                "weights": assignment.start,
                 "with_noise": seen.update,
-                "without_noise": train(quiet, task).update,
+                "without_noise": _without_noise(hospital, assignment, task),
             },
         )
+
+
+def _without_noise(hospital: Hospital, assignment: Assignment, task: TrainTask) -> Tensor:
+    """The hospital's update [d] under the same choices, from the same stream, and next to no noise.
+
+    For the observer's comparison alone: it passes no gate.
+    """
+    records = assignment.records(hospital.train)
+    asked = training_release(
+        hospital, assignment, hospital.train, records.units, training_request(task)
+    )
+    stream = MemoryGuard(hospital.guard.noise).charge(asked)
+    charge = assignment.charge
+    if charge.plan.private:
+        plan = replace(charge.plan, noise_multiplier=_WHISPER)
+        assignment = replace(assignment, charge=replace(charge, plan=plan))
+    return assignment.update(records, hospital.declared_patients, stream)
 
 
 @dataclass(frozen=True)
@@ -179,13 +166,14 @@ def _views(
     )
     if not paths:
         return
-    teacher, features = _final_teacher(run, study)
+    assignment = _assignment(run, study)
     expected = hospital.declared_patients * plan.sampling_rate
     for path in paths:
         found, number = load_tensors(path), int(path.name[:4]) - 1
-        set_vector(teacher, found["weights"])
-        trained = _gradients(study, teacher, features, hospital.train, plan)
-        tested = _gradients(study, teacher, features, hospital.test, plan)
+        trained, tested = (
+            _gradients(assignment, found["weights"], table, plan)
+            for table in (hospital.train, hospital.test)
+        )
         # Members that are no candidates are known: their part is taken away.
         known = sum(
             (one for name, one in trained.items() if name not in set(inside)),
@@ -222,25 +210,32 @@ def _moved(study: Study, round_number: int) -> float:
 
 
 def _gradients(
-    study: Study, teacher: Teacher, features: FeatureMap, table: Table, plan: StepPlan
+    assignment: Assignment, weights: Tensor, table: Table, plan: StepPlan
 ) -> dict[str, Tensor]:
-    """Each patient's clipped gradient at the teacher's weights."""
-    records = records_of(table, features, study.privacy.unit)
-    each = PerRecordGradients(teacher, task_named(study.task).loss)
-    gradients = each(get_vector(teacher), records.inputs, records.targets)
+    """Each patient's clipped gradient at ``weights``."""
+    records = assignment.records(table)
+    each = PerRecordGradients(assignment.model, assignment.loss)
+    gradients = each(weights, records.inputs, records.targets)
     combined = combine_records(gradients, records.owners, records.units)
     if plan.private:
         combined = combined * plan.clip_factors(combined.norm(dim=1))[:, None]
     return dict(zip(dict.fromkeys(table.patients), combined, strict=True))
 
 
-def _final_teacher(run: RunFolder, study: Study) -> tuple[Teacher, FeatureMap]:
+def _assignment(run: RunFolder, study: Study) -> Assignment:
+    """What hospitals were asked; where an encoder stayed frozen, the final one is the same."""
     moments = run.read_json("result.json")["scaling"]
-    features = FeatureMap(
-        study.dictionary, Scaling({name: (mean, std) for name, (mean, std) in moments.items()})
+    scaling = Scaling({name: (mean, std) for name, (mean, std) in moments.items()})
+    task = TrainTask(
+        study_digest=study.digest(),
+        stage="finetune",
+        round=0,
+        attempt=0,
+        teacher=load_tensors(run.path / "teacher.safetensors"),
+        student={},
+        scaling=scaling_tensor(study.dictionary, scaling),
     )
-    teacher = load_teacher(study, features, load_tensors(run.path / "teacher.safetensors"))
-    return freeze_for_finetune(study, teacher), features
+    return read_assignment(study, task)
 
 
 def _some(study: Study, hospital: str, table: Table, at_most: int) -> list[str]:

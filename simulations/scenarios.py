@@ -8,6 +8,7 @@ Flower's own error for a node that is away: the coordinator goes on without wait
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -173,7 +174,7 @@ class Scene:
     ) -> Iterator[tuple[float, Message]]:
         """What the coordinator gets, each with its time of arrival; fills ``visits``."""
         asked = {one.metadata.message_id: one for one in working}
-        sizes: dict[Any, Parcel] = {}
+        sizes: dict[int, Parcel] = {}
         for answer in backend(working) if working else ():
             message = asked[answer.metadata.reply_to_message_id]
             hospital, down = self._hospital(message), _measured(message, sizes)
@@ -260,15 +261,14 @@ def _rest(messages: list[Message], taken: list[Message]) -> list[Message]:
     return [one for one in messages if one.metadata.message_id not in names]
 
 
-def _measured(message: Message, sizes: dict[Any, Parcel]) -> Parcel:
-    """A message's parcel; where many hospitals are sent the same content, it is measured once."""
-    arrays = message.content.array_records["arrays"]
-    key = (
-        tuple(message.content.config_records["values"].items()),
-        tuple((name, id(one.data)) for name, one in arrays.items()),
-    )
+def _measured(message: Message, sizes: dict[int, Parcel]) -> Parcel:
+    """A message's parcel; where many hospitals are sent one content, it is measured once.
+
+    On a copy: Flower leaves views of memory in what it takes apart, which cannot be copied again.
+    """
+    key = id(message.content)
     if key not in sizes:
-        sizes[key] = parcel_of(message.content)
+        sizes[key] = parcel_of(deepcopy(message.content))
     return sizes[key]
 
 
