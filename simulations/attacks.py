@@ -50,6 +50,8 @@ def run_twin(path: Path, watch: Callable[[Progress], None], *, debug: bool = Fal
         Path(settings["data_folder"]),
         watch,
         noise_seed=settings["noise_seed"],
+        engine=settings.get("engine", "one-by-one"),
+        memory_bytes=settings.get("memory_bytes"),
         replace=True,  # an interruption before its settings were written
         debug=debug,
     )

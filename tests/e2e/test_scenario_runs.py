@@ -102,6 +102,18 @@ def test_a_rough_run_is_repeatable_and_resumes_to_the_same(
     assert observed(whole, study, hospitals) == observed(RunFolder(path), study, hospitals)
 
 
+def test_every_engine_meets_the_same_scenario(wisconsin: Study, tmp_path: Path) -> None:
+    stacked, plain = (
+        run(rough(wisconsin), tmp_path / engine, engine=engine)
+        for engine in ("stacked", "one-by-one")
+    )
+    results = [made.read_json("result.json")["forecast"] for made in (stacked, plain)]
+    assert results[0] == results[1]
+    first, second = (load_tensors(made.path / "student.safetensors") for made in (stacked, plain))
+    for name, tensor in first.items():
+        assert float((tensor - second[name]).abs().max()) < 1e-4, name
+
+
 def test_the_observer_sees_members_only_where_there_is_no_noise(
     wisconsin: Study, tmp_path: Path
 ) -> None:
