@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from client import rounds
+from client.guard import MemoryGuard, Release
+from common.randomness import Stream
 from common.study import Study, load_study
 from common.tensors import load_tensors
 from server.conduct import Progress
@@ -236,12 +237,14 @@ def test_a_wrong_vector_enters_the_sum_under_a_valid_signature(
 def test_dropping_out_before_work_charges_nothing(
     wisconsin: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worked: list[str] = []
-    real = rounds.train
-    monkeypatch.setattr(
-        "client.app.rounds.train",
-        lambda hospital, task: worked.append(hospital.name) or real(hospital, task),
-    )
+    charged: list[str] = []
+    real = MemoryGuard.charge
+
+    def noted(guard: MemoryGuard, asked: Release) -> Stream:
+        charged.append(asked.stage)
+        return real(guard, asked)
+
+    monkeypatch.setattr(MemoryGuard, "charge", noted)
     scenario = {"dropouts": {"probability": 0.3}}
     study = wisconsin.revised(
         simulation__scenario=scenario, federation__minimum_hospitals=1, finetune__rounds=4
@@ -249,7 +252,7 @@ def test_dropping_out_before_work_charges_nothing(
     made = run(study, tmp_path / "run")
     found = made.read_json("result.json")["forecast"]["rounds"]
     training = [one for one in found if one["stage"] == "finetune"]
-    assert len(worked) == sum(one["answered"] for one in training) < 16
+    assert charged.count("finetune") == sum(one["answered"] for one in training) < 16
     assert json.loads((made.path / "privacy.json").read_text())["epsilon_spent"] <= 3.0
 
 
