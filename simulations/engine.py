@@ -25,7 +25,7 @@ from client.guard import MemoryGuard
 from client.hospital import Hospital, units_of
 from client.rounds import check_same_study, training_release, training_request, training_round
 from client.training import Assignment
-from common.errors import ConsiliumError, RefusalError
+from common.errors import RefusalError
 from common.flower import pack, unpack
 from common.learning.gradients import Engine, GhostNorms
 from common.learning.groups import Groups
@@ -152,7 +152,7 @@ class StackedEngine:
         """Replies of one batch of hospitals; one that refuses is left out of it."""
         assignment = round_.assignment
         lanes: dict[int, Lane] = {}
-        refusals: dict[int, ConsiliumError] = {}
+        refusals: dict[int, Exception] = {}
         for message in messages:
             node, hospital = message.metadata.dst_node_id, self._hospital(message)
             assert isinstance(hospital.guard, MemoryGuard)  # noqa: S101  (see _obstacle)
@@ -160,7 +160,7 @@ class StackedEngine:
             try:
                 asked = training_release(hospital, assignment, hospital.train, units, request)
                 stream = hospital.guard.charge(asked)
-            except ConsiliumError as error:
+            except Exception as error:  # as its own app would: it fails alone
                 if self._debug:
                     raise
                 refusals[node] = error

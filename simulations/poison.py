@@ -54,14 +54,16 @@ def poisoned(study: Study, hospital: str, train: Table) -> Table:
     rows = np.array([patient in victims for patient in train.patients], dtype=bool)
     if attack.kind == "label_flip":
         classes = len(study.dictionary.label.classes)
-        return replace(train, labels=np.where(rows, (train.labels + 1) % classes, train.labels))
+        labels = np.where(rows, (train.labels + 1) % classes, train.labels)
+        return replace(train, labels=labels.astype(train.labels.dtype))
     assert attack.target_class is not None  # noqa: S101  (the study file refuses it otherwise)
     stamped = stamp(attack, train)
     values = {
         name: np.where(rows.reshape(-1, *[1] * (column.ndim - 1)), stamped.values[name], column)
         for name, column in train.values.items()
     }
-    return replace(train, values=values, labels=np.where(rows, attack.target_class, train.labels))
+    labels = np.where(rows, attack.target_class, train.labels).astype(train.labels.dtype)
+    return replace(train, values=values, labels=labels)
 
 
 def stamp(attack: AttackSpec, table: Table) -> Table:

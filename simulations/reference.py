@@ -29,7 +29,19 @@ from common.scenario import (
     ScenarioSpec,
     StragglersSpec,
 )
-from common.sources import SourceSpec
+from common.sources import (
+    ClinicalColumn,
+    ColumnMapping,
+    CsvSource,
+    DicomSource,
+    FhirSource,
+    ImagesSource,
+    Interval,
+    LabelTable,
+    NpzSource,
+    ParquetSource,
+    SklearnSource,
+)
 from common.strict import Strict
 from common.study import (
     DistillSpec,
@@ -52,7 +64,6 @@ _SECTIONS: tuple[tuple[str, type[Strict]], ...] = (
     ("[simulation]", SimulationSpec),
     ("[simulation.sites]", SitesSpec),
     ("[[simulation.hospital]]", HospitalData),
-    ("[simulation.source], source of a hospital", SourceSpec),
     ("[simulation.scenario]", ScenarioSpec),
     ("[simulation.scenario.participation]", ParticipationSpec),
     ("[simulation.scenario.dropouts]", DropoutsSpec),
@@ -62,6 +73,17 @@ _SECTIONS: tuple[tuple[str, type[Strict]], ...] = (
     ("[simulation.scenario.missing_columns]", MissingColumnsSpec),
     ("[simulation.scenario.attack]", AttackSpec),
     ("[simulation.scenario.observer]", ObserverSpec),
+    ("source of any kind", ColumnMapping),
+    ("source of kind csv", CsvSource),
+    ("source of kind parquet", ParquetSource),
+    ("source of kind npz", NpzSource),
+    ("source of kind sklearn", SklearnSource),
+    ("source of kind fhir", FhirSource),
+    ("columns of kind fhir", ClinicalColumn),
+    ("source of kind dicom", DicomSource),
+    ("source of kind images", ImagesSource),
+    ("labels of images", LabelTable),
+    ("derive of a source", Interval),
     ("[public]", PublicSpec),
     ("[teacher], [student]", ModelSpec),
     ("optimiser of a stage", OptimiserSpec),
@@ -89,8 +111,17 @@ def study_reference() -> str:
     for title, model in _SECTIONS:
         doc = inspect.cleandoc(model.__doc__ or "")
         lines += [f"## {title}", "", doc, "", "| key | values | default |", "|---|---|---|"]
+        shared = ColumnMapping.model_fields if model.__bases__ != (Strict,) else {}
         for name, field in model.model_fields.items():
             lines.append(f"| `{name}` | {value_words(field)} | {default_words(field)} |")
+            if name in shared:
+                continue
+            default = (
+                "required"
+                if field.is_required()
+                else _default(field.get_default(call_default_factory=True, validated_data={}))
+            )
+            lines.append(f"| `{name}` | {_words(field.annotation)} | {default} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -148,7 +179,8 @@ def _words(annotation: Any) -> str:
     if origin in (tuple, list):
         return "list of " + _words(arguments[0])
     if arguments and origin is not dict:
-        return " or ".join(_words(one) for one in arguments if one is not type(None))
+        words = (_words(one) for one in arguments if one is not type(None))
+        return " or ".join(dict.fromkeys(words))
     if inspect.isclass(annotation) and issubclass(annotation, StrEnum):
         return ", ".join(f"`{one.value}`" for one in annotation)
     return _plain(annotation)
