@@ -38,10 +38,6 @@ class Fate(StrEnum):
     LATE = "late"  # its reply came after the deadline
 
 
-WORKED = (Fate.ANSWERED, Fate.LOST, Fate.LATE)
-"""The fates of hospitals that did the work, which is charged."""
-
-
 @dataclass(frozen=True)
 class Parcel:
     """A message's content on the line: ``size`` in bytes, sent in so many ``parts``."""
