@@ -46,11 +46,20 @@ Watch = Callable[[CompareProgress], None]
 
 @dataclass(frozen=True)
 class ArmRun:
-    """One run of an arm: ``hospital`` is set where one hospital trains alone."""
+    """One run of an arm: ``hospital`` is set where one hospital trains alone.
+
+    ``whole``: the study whose hospitals' patients these are, where it is not ``study`` itself.
+    """
 
     arm: str
     study: Study
     hospital: str | None = None
+    whole: Study | None = None
+
+    @property
+    def drawn_by(self) -> Study:
+        """The study that says who the patients are: all arms of a comparison share them."""
+        return self.whole or self.study
 
     @property
     def place(self) -> Path:
@@ -73,11 +82,11 @@ def runs_of_seed(study: Study, world: World, sweep: Iterable[Combination]) -> li
             )
     lone = under_one_roof(study)
     runs = [ArmRun(FEDERATED, study)]
-    runs += [ArmRun(ALONE, lone, site.name) for site in world.sites]
-    runs += [ArmRun(POOLED, lone)]
+    runs += [ArmRun(ALONE, lone, site.name, whole=study) for site in world.sites]
+    runs += [ArmRun(POOLED, lone, whole=study)]
     if study.privacy.trust is not Trust.NONE:
         runs += [
-            ArmRun(POOLED_NO_PRIVACY, _without_privacy(lone)),
+            ArmRun(POOLED_NO_PRIVACY, _without_privacy(lone), whole=study),
             ArmRun(FEDERATED_NO_PRIVACY, _without_privacy(study)),
         ]
     return runs + [one for one in sweep_runs(sweep, study.seed) if one.arm != FEDERATED]
@@ -89,13 +98,17 @@ def sweep_runs(sweep: Iterable[Combination], seed: int) -> list[ArmRun]:
 
 
 def under_one_roof(study: Study) -> Study:
-    """The study for a single hospital, which has nobody to sum with: its own noise suffices."""
+    """The study for a single hospital, which has nobody to sum with: its own noise suffices.
+
+    Nothing goes wrong between one hospital and itself, and it does not attack itself.
+    """
     trust = study.privacy.trust
     return study.revised(
         federation__minimum_hospitals=1,
         federation__hospitals=None,
         privacy__trust="local" if trust is Trust.DISTRIBUTED else trust.value,
         privacy__spare_attempts=None,
+        **({"simulation__scenario": None} if study.simulation else {}),
     )
 
 
@@ -135,7 +148,7 @@ def train(
         if finished:
             continue
         place = _open(folder / run.place, run, worlds.data_folder, noise_seed)
-        world = worlds.of(run.study)
+        world = replace(worlds.of(run.drawn_by), study=run.study)
         noise = run_noise(place, [site.name for site in world.sites], noise_seed)
         hospitals = _cast(run, open_world(world, noise))
         run_in_process(

@@ -47,6 +47,7 @@ from common.study import Study
 from server.store import RunFolder
 from simulations.grid import Backend
 from simulations.hospitals import World, write_world
+from simulations.poison import poisoned
 
 if TYPE_CHECKING:
     from flwr.server.superlink.fleet.vce.backend.raybackend import RayBackend
@@ -91,7 +92,6 @@ def _check_address(address: str) -> None:
 @contextmanager
 def ray_backend(
     run: RunFolder,
-    study: Study,
     world: World,
     noise_of: Mapping[str, NoiseSource],
     *,
@@ -101,8 +101,8 @@ def ray_backend(
 
     Raises RunError when no cluster can be reached, or one of its workers is lost.
     """
-    check_ray(study)
-    homes = lay_out(run.path / "world", study, world, noise_of)
+    check_ray(world.study)
+    homes = lay_out(run.path / "world", world, noise_of)
     contexts = {node: _context(node, home) for node, home in enumerate(homes, start=1)}
     with _workers(debug=debug) as workers:
         threads = ThreadPoolExecutor(workers.num_workers)
@@ -112,9 +112,7 @@ def ray_backend(
             threads.shutdown(cancel_futures=True)
 
 
-def lay_out(
-    folder: Path, study: Study, world: World, noise_of: Mapping[str, NoiseSource]
-) -> list[Path]:
+def lay_out(folder: Path, world: World, noise_of: Mapping[str, NoiseSource]) -> list[Path]:
     """The hospitals' folders, as `consilium split` makes them, and the run's own study in each.
 
     Made once a run: what hospitals have charged lies there too.
@@ -125,7 +123,8 @@ def lay_out(
     seeds = {one.seed for one in noise_of.values() if isinstance(one, SeededNoise)}
     write_world(world, folder, noise_seed=seeds.pop() if seeds else None)
     folder.chmod(0o700)
-    text = study.revised(simulation=None).to_toml()
+    # With its simulation section, which the digest leaves out: a scenario may poison records.
+    study, text = world.study, world.study.to_toml()
     for site, home in zip(world.sites, homes, strict=True):
         place = study_folder(home, study.digest())
         place.path.mkdir(parents=True, exist_ok=True)
@@ -152,7 +151,11 @@ def _hospital(context: Context, digest: str) -> Iterator[Hospital]:
 def _opened(home: Path, digest: str) -> Hospital:
     """The hospital of ``home``, read once by each worker; a run's folder does not change."""
     with open_hospital(home, digest) as hospital:
-        return replace(hospital, guard=_FolderGuard(hospital.guard.noise, home / _CHARGED))
+        return replace(
+            hospital,
+            train=poisoned(hospital.study, hospital.name, hospital.train),
+            guard=_FolderGuard(hospital.guard.noise, home / _CHARGED),
+        )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from common.learning.metrics import accuracy_from_histogram, auc_from_histogram, mean_interval
+from common.learning.metrics import (
+    Interval,
+    accuracy_from_histogram,
+    auc_from_histogram,
+    mean_interval,
+)
 from server.store import RunFolder
 from simulations.arms import ArmRun
 from simulations.combinations import Combination
@@ -21,7 +26,6 @@ from simulations.comparison import (
     seed_figures,
 )
 from simulations.evaluation import Scores, finished_models, round_curve, score, together
-from simulations.traffic import bytes_per_hospital
 from simulations.worlds import Worlds
 
 Ledger = Mapping[str, Mapping[str, Sequence[SeedFigures]]]
@@ -35,7 +39,7 @@ def score_runs(runs: Sequence[ArmRun], folder: Path, worlds: Worlds) -> Ledger:
         everywhere: dict[tuple[str, str], list[Scores]] = {}
         at_home: dict[tuple[str, str], list[Scores]] = {}
         for run in (one for one in runs if one.study.seed == seed):
-            hospitals = worlds.judges(run.study)
+            hospitals = worlds.judges(run.drawn_by)
             teacher, student, features = finished_models(RunFolder(folder / run.place), run.study)
             for role, model in (("teacher", teacher), ("student", student)):
                 scored = score(model, run.study, features, hospitals)
@@ -78,6 +82,16 @@ def runs_of_arm(folder: Path, arm: str, seeds: Sequence[int]) -> list[RunFolder]
     return [RunFolder(folder / arm / f"seed-{seed}") for seed in seeds]
 
 
+def bytes_per_hospital(runs: Sequence[RunFolder]) -> Interval:
+    """Bytes that one hospital receives and sends for all rounds, on average, over several runs."""
+    values = []
+    for run in runs:
+        forecast = run.read_json("result.json")["forecast"]
+        moved = forecast["bytes_down"] + forecast["bytes_up"]
+        values.append(moved / len(forecast["hospitals"]))
+    return mean_interval(values)
+
+
 def released(runs: Sequence[RunFolder]) -> Quality | None:
     """AUC (two classes) and accuracy from the sum of the released histograms."""
     found = [released_figures(run) for run in runs]
@@ -106,7 +120,7 @@ def curve(
     """AUC after each round of ``stage``, over the seeds of one arm."""
     by_round: dict[int, list[float]] = {}
     for run in runs:
-        place, hospitals = RunFolder(folder / run.place), worlds.judges(run.study)
+        place, hospitals = RunFolder(folder / run.place), worlds.judges(run.drawn_by)
         for number, value in round_curve(place, run.study, hospitals, stage):
             by_round.setdefault(number, []).append(value)
     return tuple(

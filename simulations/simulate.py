@@ -24,9 +24,10 @@ from simulations.engine import StackedEngine
 from simulations.grid import Backend, InProcessGrid, one_by_one
 from simulations.hospitals import World, build_world, open_world, secret_noise, seeded_noise
 from simulations.ray_engine import check_ray, ray_backend
-from simulations.traffic import Meter
+from simulations.scenarios import open_scene
 
 Watch = Callable[[Progress], None]
+InProcess = Literal["stacked", "one-by-one"]
 Engine = Literal["auto", "stacked", "one-by-one", "ray"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 
@@ -38,7 +39,7 @@ def run_in_process(
     corpus: Table | None,
     watch: Watch,
     *,
-    engine: Literal["stacked", "one-by-one"] = "stacked",
+    engine: InProcess = "stacked",
     memory_bytes: int | None = None,
     debug: bool = False,
 ) -> None:
@@ -57,24 +58,21 @@ def run_in_process(
     backend: Backend = one_by_one(handle, debug=debug)
     if engine == "stacked":
         backend = StackedEngine(hospitals, backend, memory_bytes=memory_bytes, debug=debug)
-    conduct_over(study, run, len(hospitals), backend, corpus, watch)
+    conduct_over(study, run, hospitals, backend, corpus, watch)
 
 
 def conduct_over(
     study: Study,
     run: RunFolder,
-    hospitals: int,
+    hospitals: list[Hospital],
     backend: Backend,
     corpus: Table | None,
     watch: Watch,
 ) -> None:
-    """Conduct ``study`` over whatever answers its messages; their bytes are counted."""
-    server_app = build_server_app(lambda _: Job(study, run, corpus, watch))
-    meter = Meter(run, hospitals)
-    try:
-        server_app(InProcessGrid(hospitals, meter.around(backend)), _context(0))
-    finally:
-        meter.save()
+    """Conduct ``study`` over a backend that answers for ``hospitals``, as its scenario says."""
+    scene = open_scene(study, run, hospitals)
+    server_app = build_server_app(lambda _: Job(study, run, corpus, watch, facts=scene.facts))
+    server_app(InProcessGrid(len(hospitals), scene.over(backend)), _context(0))
 
 
 def simulate(
@@ -146,14 +144,15 @@ def _conduct(
 ) -> None:
     """Conduct the run as its ``simulation.json`` says."""
     noise = run_noise(run, [site.name for site in world.sites], settings["noise_seed"])
+    hospitals = open_world(world, noise)
     if settings["engine"] == "ray":
-        with ray_backend(run, world.study, world, noise, debug=debug) as backend:
-            conduct_over(world.study, run, len(world.sites), backend, world.corpus, watch)
+        with ray_backend(run, world, noise, debug=debug) as backend:
+            conduct_over(world.study, run, hospitals, backend, world.corpus, watch)
         return
     run_in_process(
         world.study,
         run,
-        open_world(world, noise),
+        hospitals,
         world.corpus,
         watch,
         engine=settings["engine"],

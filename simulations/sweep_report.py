@@ -28,7 +28,7 @@ from simulations.tables import interval_note
 
 _KEPT_ALIKE = (
     "“ε” is what a run's training is granted; each run keeps it by itself. kB per hospital: the "
-    "contents of all messages that one hospital receives and sends in the whole study."
+    "contents of all messages about patients that one hospital receives and sends."
 )
 
 

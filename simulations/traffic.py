@@ -1,81 +1,203 @@
-"""How many bytes a simulated study moves between coordinator and hospitals."""
+"""What went over the line in a simulated run, message by message, and how long it would have taken.
+
+Bytes are those of the parts that Flower really sends for a message's content. Its own requests,
+HTTP and TLS come on top: some hundred bytes a part. Greetings are not counted.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
-import msgpack
-from flwr.app import ArrayRecord, Message
+from flwr.app import RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-from common.learning.metrics import Interval, mean_interval
-from server.store import RunFolder
-from simulations.grid import Backend
+from common.files import write_atomically
+from common.scenario import NetworkSpec, StragglersSpec
+from simulations.draws import normal
 
-_FILE = "traffic.json"
+_BITS, _MEGA = 8, 1e6
 
 
-class Meter:
-    """Counts the contents of all messages that pass a backend; kept in the run's folder.
+class Fate(StrEnum):
+    """What became of one question to one hospital."""
 
-    An interrupted run keeps counting where it stopped: a round that is asked again is sent again.
+    ANSWERED = "answered"
+    FAILED = "failed"  # it answered with an error, a refusal for instance
+    NOT_THERE = "not there"  # it joins later
+    NOT_ASKED = "not asked"
+    SILENT = "silent"  # it dropped out before its work
+    LOST = "lost"  # it dropped out after its work
+    LATE = "late"  # its reply came after the deadline
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A message's content on the line: ``size`` in bytes, sent in so many ``parts``."""
+
+    size: int
+    parts: int
+
+
+def parcel_of(content: RecordDict) -> Parcel:
+    """Measures what Flower sends."""
+    parts = get_all_nested_objects(content).values()
+    return Parcel(sum(len(one.deflate()) for one in parts), len(parts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visit:
+    """One hospital in one exchange: bytes to it and from it, and when its reply arrived."""
+
+    fate: Fate
+    down: int = 0
+    up: int = 0
+    arrival_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """One question to the hospitals and their answers. ``round`` counts from 1.
+
+    ``question``: ``train``, ``statistics``, ``evaluate``, or a step of a secure sum.
     """
 
-    def __init__(self, run: RunFolder, hospitals: int) -> None:
-        self._run = run
-        kept = run.read_json(_FILE) if (run.path / _FILE).exists() else {}
-        self._counts = {
-            "hospitals": hospitals,
-            "messages": int(kept.get("messages", 0)),
-            "to_hospitals_bytes": int(kept.get("to_hospitals_bytes", 0)),
-            "from_hospitals_bytes": int(kept.get("from_hospitals_bytes", 0)),
-        }
+    stage: str
+    round: int
+    attempt: int
+    question: str
+    duration_s: float
+    visits: dict[str, Visit]
 
-    def around(self, backend: Backend) -> Backend:
-        """The same backend, counted."""
-
-        def run(messages: list[Message]) -> Iterator[Message]:
-            sizes: dict[int, int] = {}  # a broadcast's content is one object
-            for message in messages:
-                key = id(message.content)
-                if key not in sizes:
-                    sizes[key] = content_bytes(message)
-                self._counts["to_hospitals_bytes"] += sizes[key]
-            self._counts["messages"] += len(messages)
-            for reply in backend(messages):
-                self._counts["from_hospitals_bytes"] += content_bytes(reply)
-                yield reply
-
-        return run
-
-    def save(self) -> None:
-        """Write what was counted so far."""
-        self._run.write_json(_FILE, self._counts)
+    @property
+    def key(self) -> tuple[str, int, int, str]:
+        """A repetition after an interruption takes the place of the first."""
+        return (self.stage, self.round, self.attempt, self.question)
 
 
-def content_bytes(message: Message) -> int:
-    """Bytes of a message's values and arrays; Flower's envelope comes to some hundred more."""
-    if message.has_error():
-        return len((message.error.reason or "").encode())
-    return sum(_record_bytes(one) for one in message.content.values())
+@dataclass(frozen=True)
+class Clock:
+    """Virtual time: what line and processor of each hospital take, by the study's seed."""
+
+    seed: int
+    network: NetworkSpec
+    stragglers: StragglersSpec | None
+
+    def arrival_s(
+        self, hospital: str, round_key: str, down: Parcel, up: Parcel, records: float
+    ) -> float:
+        """From the question's leaving to the reply's arrival; ``records``: taken through a step."""
+        network = self.network
+        requests_s = (down.parts + up.parts) * network.latency_ms / 1000
+        line_s = down.size * _BITS / (network.downlink_mbit_s * _MEGA) + up.size * _BITS / (
+            network.uplink_mbit_s * _MEGA
+        )
+        compute_s = records / network.records_per_s * self._slowness(hospital, round_key)
+        return requests_s + line_s + compute_s
+
+    def _slowness(self, hospital: str, round_key: str) -> float:
+        if self.stragglers is None:
+            return 1.0
+        exponent = self.stragglers.spread * normal(self.seed, "spread", hospital)
+        exponent += self.stragglers.jitter * normal(self.seed, "jitter", hospital, round_key)
+        return math.exp(exponent)
 
 
-def _record_bytes(record: Any) -> int:
-    if isinstance(record, ArrayRecord):
-        return sum(len(one.data) for one in record.values())
-    return len(msgpack.packb(dict(record)))
+def duration_s(visits: Iterable[Visit], deadline_s: float) -> float:
+    """How long the coordinator waits: for the last reply, or for ones that do not come in time."""
+    seen = list(visits)
+    if any(one.fate in (Fate.LOST, Fate.LATE) for one in seen):
+        return deadline_s
+    return max((one.arrival_s or 0.0 for one in seen), default=0.0)
 
 
-def bytes_per_hospital(runs: Sequence[RunFolder]) -> Interval:
-    """Bytes that one hospital receives and sends in a whole study, over several runs of it."""
-    return mean_interval([_moved(run) for run in runs])
+@dataclass
+class Traffic:
+    """All exchanges of a run, kept in ``traffic.jsonl`` as they happen."""
+
+    path: Path
+    exchanges: dict[tuple[str, int, int, str], Exchange] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path) -> Traffic:
+        """What an interrupted run left; a line that was cut is left out."""
+        found = cls(path)
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+                found._keep(_parsed(json.loads(line)))
+            found.tidy()
+        return found
+
+    def add(self, exchange: Exchange) -> None:
+        """Keep one, on disk before the coordinator can count its round as finished."""
+        self._keep(exchange)
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(_line(exchange))
+            handle.flush()
+            os.fsync(handle.fileno())
+
+    def tidy(self) -> None:
+        """Leave each exchange once in the file."""
+        write_atomically(self.path, "".join(map(_line, self.exchanges.values())).encode())
+
+    def _keep(self, exchange: Exchange) -> None:
+        self.exchanges[exchange.key] = exchange
 
 
-def _moved(run: RunFolder) -> float:
-    if not (run.path / _FILE).exists():  # conducted outside a simulation, or by older software
-        return math.nan
-    counts = run.read_json(_FILE)
-    return float(
-        (counts["to_hospitals_bytes"] + counts["from_hospitals_bytes"]) / counts["hospitals"]
-    )
+def forecast(exchanges: Iterable[Exchange], network: NetworkSpec) -> dict[str, Any]:
+    """Bytes and time of all rounds on patients, as plain data; see docs/scenarios.md."""
+    by_round: dict[tuple[str, int], list[Exchange]] = {}
+    for one in exchanges:
+        by_round.setdefault((one.stage, one.round), []).append(one)
+    rounds = [_round(stage, number, each) for (stage, number), each in by_round.items()]
+    hospitals: dict[str, Counter[str]] = {}
+    for each in by_round.values():
+        for exchange in each:
+            for name, visit in exchange.visits.items():
+                hospitals.setdefault(name, Counter()).update(
+                    bytes_down=visit.down, bytes_up=visit.up
+                )
+    return {
+        "line": network.model_dump(mode="json"),
+        **{key: sum(one[key] for one in rounds) for key in ("bytes_down", "bytes_up")},
+        "duration_s": round(sum(one["duration_s"] for one in rounds), 6),
+        "rounds": rounds,
+        "hospitals": {name: dict(hospitals[name]) for name in sorted(hospitals)},
+    }
+
+
+def _round(stage: str, number: int, each: list[Exchange]) -> dict[str, Any]:
+    """One round of ``stage``; a secure sum takes several exchanges, and perhaps attempts.
+
+    A hospital counts once: as having answered if it did so to the end.
+    """
+    visits = [visit for one in each for visit in one.visits.values()]
+    fates = {name: visit.fate for one in each for name, visit in one.visits.items()}
+    counted = Counter(fates.values())
+    return {
+        "stage": stage,
+        "round": number,
+        "duration_s": round(sum(one.duration_s for one in each), 6),
+        "bytes_down": sum(one.down for one in visits),
+        "bytes_up": sum(one.up for one in visits),
+        **{fate.name.lower(): counted[fate] for fate in Fate},
+    }
+
+
+def _line(exchange: Exchange) -> str:
+    return json.dumps(asdict(exchange)) + "\n"
+
+
+def _parsed(line: Mapping[str, Any]) -> Exchange:
+    visits = {
+        name: Visit(**{**visit, "fate": Fate(visit["fate"])})
+        for name, visit in line["visits"].items()
+    }
+    return Exchange(**{**line, "visits": visits})

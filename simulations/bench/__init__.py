@@ -13,6 +13,7 @@ from simulations.bench.pretraining import pretraining
 from simulations.bench.privacy import privacy
 from simulations.bench.scale import scale
 from simulations.bench.secagg import secagg
+from simulations.bench.simulation import simulation
 
 BENCHES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "accuracy": accuracy,
@@ -22,4 +23,5 @@ BENCHES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "privacy": privacy,
     "scale": scale,
     "secagg": secagg,
+    "simulation": simulation,
 }

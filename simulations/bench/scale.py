@@ -20,6 +20,7 @@ import numpy as np
 
 from common.study import Study, parse_study
 from server.conduct import Progress
+from simulations.bench.processes import family
 from simulations.simulate import Engine, parse_engine, simulate
 
 _PATIENTS, _COLUMNS, _ROUNDS = 40, 20, 4
@@ -135,24 +136,14 @@ def _measured(engine: Engine, hospitals: int) -> dict[str, float]:
 
 def _tree() -> tuple[float, float]:
     """Processor seconds and resident bytes of this process and all it started (Linux)."""
-    parents: dict[int, list[int]] = {}
-    figures: dict[int, tuple[float, float]] = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
+    cpu_s = memory_bytes = 0.0
+    for one in family(os.getpid()):
         try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
         except OSError:  # it has ended meanwhile
             continue
-        parents.setdefault(int(fields[1]), []).append(int(entry.name))
-        cpu_s = sum(int(one) for one in fields[11:15]) / _TICKS
-        figures[int(entry.name)] = cpu_s, int(fields[21]) * _PAGE_BYTES
-    waiting, cpu_s, memory_bytes = [os.getpid()], 0.0, 0.0
-    while waiting:
-        one = waiting.pop()
-        waiting += parents.get(one, [])
-        own = figures.get(one, (0.0, 0.0))
-        cpu_s, memory_bytes = cpu_s + own[0], memory_bytes + own[1]
+        cpu_s += sum(int(ticks) for ticks in fields[11:15]) / _TICKS
+        memory_bytes += int(fields[21]) * _PAGE_BYTES
     return cpu_s, memory_bytes
 
 

@@ -224,10 +224,10 @@ def test_a_worker_remembers_what_its_hospital_charged(wisconsin: Study, tmp_path
     study = short(wisconsin)
     world = build_world(study, Path())
     noise = secret_noise(bytes(range(32)), [site.name for site in world.sites])
-    home = lay_out(tmp_path / "world", study, world, noise)[0]
+    home = lay_out(tmp_path / "world", world, noise)[0]
     assert (home / "noise.key").read_bytes() == noise[world.sites[0].name].key
     assert (home / "noise.key").stat().st_mode & 0o777 == 0o600
-    again = lay_out(tmp_path / "world", study, world, noise)
+    again = lay_out(tmp_path / "world", world, noise)
     assert again[0] == home
     context = ray_engine._context(1, home)
     features = FeatureMap(study.dictionary, range_scaling(study.dictionary))
