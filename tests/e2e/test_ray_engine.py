@@ -31,7 +31,13 @@ from common.wire import TrainTask
 from server.app import read_corpus
 from server.store import RunFolder
 from simulations import ray_engine
-from simulations.hospitals import build_world, secret_noise, write_world
+from simulations.hospitals import (
+    build_world,
+    open_world,
+    secret_noise,
+    seeded_noise,
+    write_world,
+)
 from simulations.ray_engine import lay_out
 from simulations.simulate import run_in_process, simulate
 
@@ -254,6 +260,26 @@ def test_a_worker_remembers_what_its_hospital_charged(wisconsin: Study, tmp_path
         for attempt in range(1, 12):
             assert not torch.equal(ask(attempt), first)
     assert len(json.loads((home / "charged.json").read_text())) > len(json.loads(spent))
+
+
+def test_a_worker_learns_from_the_records_that_the_scenario_poisons(
+    wisconsin: Study, tmp_path: Path
+) -> None:
+    study = short(
+        wisconsin,
+        simulation__scenario={"attack": {"kind": "label_flip", "hospitals": HOSPITALS}},
+    )
+    world = build_world(study, Path())
+    noise = seeded_noise(SEED, [site.name for site in world.sites])
+    homes = lay_out(tmp_path / "world", world, noise)
+    clean = open_world(build_world(short(wisconsin), Path()), noise)
+    for node, (home, twin, honest) in enumerate(
+        zip(homes, open_world(world, noise), clean, strict=True), start=1
+    ):
+        with ray_engine._hospital(ray_engine._context(node, home), study.digest()) as hospital:
+            assert hospital.train.labels.tolist() == twin.train.labels.tolist()
+            assert hospital.test.labels.tolist() == twin.test.labels.tolist()
+            assert hospital.train.labels.tolist() != honest.train.labels.tolist()
 
 
 def test_what_ray_cannot_run_is_refused_in_one_line(
