@@ -1,9 +1,9 @@
-"""The arms of a comparison: which runs it takes, and training those that are not finished."""
+"""The runs of a comparison or a sweep: which it takes, and training those not yet finished."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +13,10 @@ from common.privacy.units import Trust
 from common.study import Study
 from server.conduct import Progress
 from server.store import RunFolder
+from simulations.combinations import Combination
 from simulations.hospitals import World, open_world, pooled
 from simulations.simulate import run_in_process, run_noise
+from simulations.worlds import Worlds
 
 FEDERATED, ALONE, POOLED = "federated", "alone", "pooled"
 POOLED_NO_PRIVACY, FEDERATED_NO_PRIVACY = "pooled-no-privacy", "federated-no-privacy"
@@ -22,10 +24,10 @@ POOLED_NO_PRIVACY, FEDERATED_NO_PRIVACY = "pooled-no-privacy", "federated-no-pri
 
 @dataclass(frozen=True, kw_only=True)
 class CompareProgress:
-    """Where a comparison stands: run ``number`` (from 1) of ``runs``.
+    """Where a comparison or a sweep stands: run ``number`` (from 1) of ``runs``.
 
     ``progress`` is the run's own, None when it begins or is ``reused``. ``eta_s``: seconds left
-    for the whole comparison, None before the first run has finished.
+    for all of them, None before the first run has finished.
     """
 
     number: int
@@ -44,21 +46,32 @@ Watch = Callable[[CompareProgress], None]
 
 @dataclass(frozen=True)
 class ArmRun:
-    """One run of an arm: ``hospital`` is set where one hospital trains alone."""
+    """One run of an arm: ``hospital`` is set where one hospital trains alone.
+
+    ``whole``: the study whose hospitals' patients these are, where it is not ``study`` itself.
+    """
 
     arm: str
     study: Study
     hospital: str | None = None
+    whole: Study | None = None
+
+    @property
+    def drawn_by(self) -> Study:
+        """The study that says who the patients are: all arms of a comparison share them."""
+        return self.whole or self.study
 
     @property
     def place(self) -> Path:
-        """Its folder below the comparison's."""
+        """Its folder below that of all runs."""
         parts = [self.arm, *([self.hospital] if self.hospital else [])]
         return Path(*parts, f"seed-{self.study.seed}")
 
 
-def runs_of_seed(study: Study, world: World, sweep: Iterable[float]) -> list[ArmRun]:
-    """All runs of one seed. One roof is one hospital, whatever minimum the federation sets.
+def runs_of_seed(study: Study, world: World, sweep: Iterable[Combination]) -> list[ArmRun]:
+    """All runs of one seed; of ``sweep`` those that are not the study itself.
+
+    One roof is one hospital, whatever minimum the federation sets.
 
     Raises StudyError when a hospital's name cannot be a folder's.
     """
@@ -69,19 +82,19 @@ def runs_of_seed(study: Study, world: World, sweep: Iterable[float]) -> list[Arm
             )
     lone = under_one_roof(study)
     runs = [ArmRun(FEDERATED, study)]
-    runs += [ArmRun(ALONE, lone, site.name) for site in world.sites]
-    runs += [ArmRun(POOLED, lone)]
+    runs += [ArmRun(ALONE, lone, site.name, whole=study) for site in world.sites]
+    runs += [ArmRun(POOLED, lone, whole=study)]
     if study.privacy.trust is not Trust.NONE:
         runs += [
-            ArmRun(POOLED_NO_PRIVACY, _without_privacy(lone)),
+            ArmRun(POOLED_NO_PRIVACY, _without_privacy(lone), whole=study),
             ArmRun(FEDERATED_NO_PRIVACY, _without_privacy(study)),
         ]
-    runs += [
-        ArmRun(epsilon_arm(one), study.revised(privacy__epsilon=one))
-        for one in sweep
-        if one != study.privacy.epsilon
-    ]
-    return runs
+    return runs + [one for one in sweep_runs(sweep, study.seed) if one.arm != FEDERATED]
+
+
+def sweep_runs(sweep: Iterable[Combination], seed: int) -> list[ArmRun]:
+    """The runs of each combination under one seed."""
+    return [ArmRun(one.arm, one.study.revised(seed=seed)) for one in sweep]
 
 
 def under_one_roof(study: Study) -> Study:
@@ -106,22 +119,16 @@ def _without_privacy(study: Study) -> Study:
     )
 
 
-def epsilon_arm(epsilon: float) -> str:
-    """The arm of one further point of the ε sweep."""
-    return f"epsilon-{epsilon:g}"
-
-
 def train(
     runs: list[ArmRun],
     folder: Path,
-    worlds: Mapping[int, World],
+    worlds: Worlds,
     *,
-    data_folder: Path,
     noise_seed: int | None,
     watch: Watch,
     debug: bool,
 ) -> None:
-    """Train what is not finished yet, below ``folder``; ``worlds``: each seed's patients."""
+    """Train what is not finished yet, below ``folder``; ``worlds``: their patients."""
     started, trained = time.monotonic(), 0
     for number, run in enumerate(runs, start=1):
         finished = (folder / run.place / "result.json").is_file()
@@ -140,10 +147,10 @@ def train(
         watch(here)
         if finished:
             continue
-        place = _open(folder / run.place, run, data_folder, noise_seed)
-        world = worlds[run.study.seed]
+        place = _open(folder / run.place, run, worlds.data_folder, noise_seed)
+        world = replace(worlds.of(run.drawn_by), study=run.study)
         noise = run_noise(place, [site.name for site in world.sites], noise_seed)
-        hospitals = _cast(run, open_world(replace(world, study=run.study), noise))
+        hospitals = _cast(run, open_world(world, noise))
         run_in_process(
             run.study, place, hospitals, world.corpus, _watching(here, watch), debug=debug
         )
@@ -166,7 +173,11 @@ def _open(path: Path, run: ArmRun, data_folder: Path, noise_seed: int | None) ->
         # Only where all hospitals take part: `consilium resume` gives a run all of them.
         folder.write_json(
             "simulation.json",
-            {"data_folder": str(data_folder.resolve()), "noise_seed": noise_seed},
+            {
+                "data_folder": str(data_folder.resolve()),
+                "noise_seed": noise_seed,
+                "engine": "stacked",
+            },
         )
     return folder
 

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from common.environ import QUIET
 
@@ -20,10 +20,24 @@ from rich.console import Console
 
 from client.cli import hospital_app
 from common.errors import ConsiliumError, StudyError, nearest
-from common.study import Study, load_study
 from server.cli import coordinator_app
 from simulations.audit_cli import audit_app
 from simulations.data_cli import data_app
+from simulations.options import (
+    DATA_HOME,
+    DataOption,
+    EngineOption,
+    JsonOption,
+    NoiseSeedOption,
+    ReplaceOption,
+    RunArgument,
+    SeedOption,
+    StudyArgument,
+    announce,
+    emit,
+    load,
+)
+from simulations.sweep_cli import sweep
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,19 +60,8 @@ app.add_typer(coordinator_app, name="coordinator", rich_help_panel="Coordinator"
 _INTERRUPTED = 130
 _STOPPED = (
     "stopped; finished rounds are kept: continue with `consilium resume RUN`, "
-    "or repeat the same `consilium compare`"
+    "or repeat the same `consilium compare` or `consilium sweep`"
 )
-
-StudyArgument = Annotated[Path, typer.Argument(help="The study file (TOML).", show_default=False)]
-RunArgument = Annotated[Path, typer.Argument(help="The run folder.", show_default=False)]
-DataOption = Annotated[Path, typer.Option("--data", help="The folder that holds the data files.")]
-DATA_HOME = Path(os.environ.get("CONSILIUM_DATA", "."))
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-SeedOption = Annotated[int | None, typer.Option("--seed", help="Replaces the study's seed.")]
-NoiseSeedOption = Annotated[
-    int | None, typer.Option(help="Repeatable test noise in place of secret noise: NO privacy.")
-]
-ReplaceOption = Annotated[bool, typer.Option("--replace", help="Start over in a used folder.")]
 
 
 @app.callback()
@@ -78,21 +81,22 @@ def simulate(
     study: StudyArgument,
     data: DataOption = Path(),
     run: Annotated[Path | None, typer.Option(help="Results folder; runs/NAME if left out.")] = None,
+    *,
     seed: SeedOption = None,
-    noise_seed: Annotated[
-        int | None, typer.Option(help="Repeatable test noise in place of secret noise: NO privacy.")
-    ] = None,
+    noise_seed: NoiseSeedOption = None,
+    engine: EngineOption = "auto",
     replace: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a study with all its hospitals on this machine."""
+    """Run a study with all its hospitals on this machine, or on a Ray cluster."""
     from simulations.attacks import run_twin
     from simulations.display import live_progress
+    from simulations.simulate import parse_engine
     from simulations.simulate import simulate as run_study
 
-    loaded = _load(study, seed)
+    loaded = load(study, seed)
     path = run or Path("runs") / loaded.name
-    _announce(loaded, path, quiet=as_json)
+    announce(loaded, path, quiet=as_json)
     with live_progress(quiet=as_json) as watch:
         folder = run_study(
             loaded,
@@ -100,6 +104,7 @@ def simulate(
             data,
             watch,
             noise_seed=noise_seed,
+            engine=parse_engine(engine),
             replace=replace,
             debug=context.obj["debug"],
         )
@@ -146,9 +151,9 @@ def compare(
     from simulations.report import write_report
     from simulations.tables import render_table
 
-    loaded = _load(study, None)
+    loaded = load(study, None)
     path = out or Path("runs") / f"compare-{loaded.name}"
-    _announce(loaded, path, quiet=as_json)
+    announce(loaded, path, quiet=as_json)
     with compare_progress(quiet=as_json) as watch:
         result = run_comparison(
             loaded,
@@ -163,10 +168,17 @@ def compare(
         )
     report = write_report(result)
     if as_json:
-        _emit(True, result.to_json(), "")
+        emit(True, result.to_json(), "")
         return
     Console().print(render_table(result))
     Console().print(f"Report: {report}", soft_wrap=True)
+
+
+app.command(
+    "sweep",
+    rich_help_panel="Researcher",
+    epilog="Example: consilium sweep deploy/examples/wisconsin.toml --set privacy.epsilon=1,3,8",
+)(sweep)
 
 
 @app.command(
@@ -184,9 +196,9 @@ def split(
     """Lay a study's hospitals out as folders, for `flwr run` or real daemons."""
     from simulations.hospitals import build_world, declared, write_world
 
-    world = build_world(_load(study, seed), data)
+    world = build_world(load(study, seed), data)
     write_world(world, to, noise_seed=noise_seed)
-    _emit(
+    emit(
         as_json,
         {"folder": str(to), "hospitals": {s.name: declared(s.table) for s in world.sites}},
         f"{len(world.sites)} hospitals below {to}/hospitals",
@@ -200,7 +212,7 @@ def scenarios(as_json: JsonOption = False) -> None:
 
     found = catalogue()
     if as_json:
-        _emit(True, found, "")
+        emit(True, found, "")
         return
     for table in catalogue_tables(found):
         Console().print(table)
@@ -218,7 +230,7 @@ def bench(
     if name not in BENCHES:
         raise ConsiliumError(f"unknown benchmark {name!r}; {nearest(name, BENCHES)}")
     figures = BENCHES[name](data)
-    _emit(as_json, figures, json.dumps(figures, indent=2))
+    emit(as_json, figures, json.dumps(figures, indent=2))
 
 
 @study_app.command("check", epilog="Example: consilium study check deploy/examples/wisconsin.toml")
@@ -226,8 +238,8 @@ def study_check(study: StudyArgument, as_json: JsonOption = False) -> None:
     """Validate a study file; say what it would do and cost."""
     from simulations.describe import describe, describe_lines
 
-    facts = describe(_load(study, None))
-    _emit(as_json, facts, "\n".join(describe_lines(facts)))
+    facts = describe(load(study, None))
+    emit(as_json, facts, "\n".join(describe_lines(facts)))
 
 
 def main() -> None:
@@ -268,15 +280,6 @@ def _usage(error: click.ClickException) -> str:
     return f"{message}{hint} See `{command} --help`."
 
 
-def _load(path: Path, seed: int | None) -> Study:
-    loaded = load_study(path)
-    if seed is not None:
-        if seed < 0:
-            raise StudyError(f"--seed: expected a number of at least 0, found {seed}")
-        loaded = loaded.revised(seed=seed)
-    return loaded
-
-
 def _numbers(text: str, option: str) -> tuple[float, ...] | None:
     if not text:
         return None
@@ -284,14 +287,6 @@ def _numbers(text: str, option: str) -> tuple[float, ...] | None:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise StudyError(f"{option}: expected numbers with commas, found {text!r}") from None
-
-
-def _announce(study: Study, path: Path, *, quiet: bool) -> None:
-    if quiet:
-        return
-    from simulations.describe import promise
-
-    print(f"Study {study.name}: {promise(study)}. Results go to {path}/", file=sys.stderr)
 
 
 def _show_run(path: Path, as_json: bool) -> None:
@@ -303,17 +298,13 @@ def _show_run(path: Path, as_json: bool) -> None:
     summary = summarise(RunFolder(path))
     report = write_run_report(path)
     if as_json:
-        _emit(True, summary, "")
+        emit(True, summary, "")
         return
     console = Console()
     console.print(run_table(summary))
     for line in closing_lines(summary):
         console.print(line, soft_wrap=True)
     console.print(f"Results: {path}/, report: {report}", soft_wrap=True)
-
-
-def _emit(as_json: bool, value: Any, text: str) -> None:
-    print(json.dumps(value) if as_json else text)
 
 
 if __name__ == "__main__":

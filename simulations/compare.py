@@ -17,24 +17,16 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from client.hospital import Hospital
-from common.errors import RunError, StudyError
+from common.errors import StudyError
 from common.files import write_atomically
-from common.learning.metrics import (
-    accuracy_from_histogram,
-    auc_from_histogram,
-    mean_interval,
-)
 from common.privacy.units import Trust
 from common.study import Study
-from server.store import RunFolder
 from simulations.arms import (
     ALONE,
     FEDERATED,
@@ -43,25 +35,23 @@ from simulations.arms import (
     POOLED_NO_PRIVACY,
     ArmRun,
     Watch,
-    epsilon_arm,
     runs_of_seed,
     train,
 )
+from simulations.claims import claim
+from simulations.combinations import Combination, Setting, combine
 from simulations.comparison import (
     Arm,
     Comparison,
     CurvePoint,
     Difference,
     HospitalFacts,
-    Quality,
     SeedFigures,
-    SweepPoint,
     over_seeds,
     paired,
-    seed_figures,
 )
-from simulations.evaluation import Scores, finished_models, round_curve, score, together
-from simulations.hospitals import World, build_world, open_world, seeded_noise
+from simulations.scoring import Ledger, curve, released, runs_of_arm, score_runs, sweep_points
+from simulations.worlds import Worlds
 
 _TITLES = {
     FEDERATED: "Federated",
@@ -96,35 +86,30 @@ def compare(
     """
     if seeds < 1:
         raise StudyError(f"seeds: expected at least 1, found {seeds}")
-    sweep = _sweep_epsilons(study, epsilons)
-    _claim(folder, study, data_folder, noise_seed, replace_existing)
-    numbers = [study.seed + index for index in range(seeds)]
-    worlds = {seed: build_world(study.revised(seed=seed), data_folder) for seed in numbers}
-    runs = [
-        run
-        for seed in numbers
-        for run in runs_of_seed(study.revised(seed=seed), worlds[seed], sweep)
-    ]
-    train(
-        runs,
+    sweep = _epsilon_sweep(study, epsilons)
+    claim(
         folder,
-        worlds,
+        "compare.json",
+        "comparison",
+        {"study": study.model_dump(mode="json"), "noise_seed": noise_seed},
         data_folder=data_folder,
-        noise_seed=noise_seed,
-        watch=watch,
-        debug=debug,
+        replace_existing=replace_existing,
     )
+    numbers = [study.seed + index for index in range(seeds)]
+    studies, worlds = [study.revised(seed=seed) for seed in numbers], Worlds(data_folder)
+    runs = [run for one in studies for run in runs_of_seed(one, worlds.of(one), sweep)]
+    train(runs, folder, worlds, noise_seed=noise_seed, watch=watch, debug=debug)
 
-    ledger = _score(runs, folder, worlds)
+    ledger = score_runs(runs, folder, worlds)
     comparison = Comparison(
         study=study,
         folder=folder,
         seeds=tuple(numbers),
-        hospitals=_hospital_facts(list(worlds.values())),
+        hospitals=_hospital_facts(studies, worlds),
         arms={arm: _arm(arm, study, folder, numbers, ledger) for arm in _arms(study)},
         differences=tuple(_differences(ledger["student"])),
-        sweep=tuple(_sweep(study, sweep, ledger)),
-        curves=_curves(study, folder, worlds),
+        sweep=sweep_points(sweep, folder, numbers, ledger),
+        curves=_curves(studies, folder, worlds),
     )
     write_atomically(
         folder / "comparison.json",
@@ -146,7 +131,8 @@ def default_epsilons(study: Study) -> tuple[float, ...]:
     )
 
 
-def _sweep_epsilons(study: Study, asked: Sequence[float] | None) -> tuple[float, ...]:
+def _epsilon_sweep(study: Study, asked: Sequence[float] | None) -> tuple[Combination, ...]:
+    """The study at each ε, in ascending order; at its own it is the federated arm itself."""
     own = study.privacy.epsilon
     if own is None:
         if asked:
@@ -160,7 +146,11 @@ def _sweep_epsilons(study: Study, asked: Sequence[float] | None) -> tuple[float,
     for one in asked:
         if not (math.isfinite(one) and one > 0):
             raise StudyError(f"--epsilons: expected numbers above 0, found {one}")
-    return tuple(sorted({*asked, own}))
+    epsilons = Setting("privacy.epsilon", tuple(sorted({*asked, own})))
+    return tuple(
+        replace(one, arm=FEDERATED) if one.settings[epsilons.key] == own else one
+        for one in combine(study, [epsilons])
+    )
 
 
 def _arms(study: Study) -> tuple[str, ...]:
@@ -169,58 +159,7 @@ def _arms(study: Study) -> tuple[str, ...]:
     return (FEDERATED, ALONE, POOLED, POOLED_NO_PRIVACY, FEDERATED_NO_PRIVACY)
 
 
-def _claim(
-    folder: Path, study: Study, data_folder: Path, noise_seed: int | None, replace_existing: bool
-) -> None:
-    """Make ``folder`` this comparison's own; arms of another study must never mix with it."""
-    path = folder / "compare.json"
-    if replace_existing and path.is_file():
-        shutil.rmtree(folder)
-    asked: dict[str, Any] = {"study": study.model_dump(mode="json"), "noise_seed": noise_seed}
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if {key: found.get(key) for key in asked} != asked:
-            raise RunError(
-                f"{folder} holds a comparison of another study or other noise; choose another "
-                f"folder, or start over with --replace"
-            )
-    elif folder.exists() and any(folder.iterdir()):
-        raise RunError(f"{folder}: not empty and not a comparison; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = asked | {"data_folder": str(data_folder.resolve())}
-    write_atomically(path, (json.dumps(settings, indent=2) + "\n").encode())
-
-
-_Ledger = dict[str, dict[str, list[SeedFigures]]]
-"""Role (student, teacher) → arm → figures, seed by seed."""
-
-
-def _score(runs: list[ArmRun], folder: Path, worlds: Mapping[int, World]) -> _Ledger:
-    """Every arm's models at every hospital's test patients."""
-    ledger: _Ledger = {"student": {}, "teacher": {}}
-    for seed, world in worlds.items():
-        hospitals = _judges(world)
-        everywhere: dict[tuple[str, str], list[Scores]] = {}
-        at_home: dict[tuple[str, str], list[Scores]] = {}
-        for run in (one for one in runs if one.study.seed == seed):
-            teacher, student, features = finished_models(RunFolder(folder / run.place), run.study)
-            for role, model in (("teacher", teacher), ("student", student)):
-                scored = score(model, run.study, features, hospitals)
-                own = [one for one in scored if run.hospital in (None, one.hospital)]
-                everywhere.setdefault((role, run.arm), []).append(together(scored))
-                at_home.setdefault((role, run.arm), []).extend(own)
-        for (role, arm), scores in everywhere.items():
-            figures = seed_figures(scores, at_home[role, arm])
-            ledger[role].setdefault(arm, []).append(figures)
-    return ledger
-
-
-def _judges(world: World) -> list[Hospital]:
-    """The hospitals as keepers of test patients; they release nothing, so their noise is idle."""
-    return open_world(world, seeded_noise(0, [site.name for site in world.sites]))
-
-
-def _arm(arm: str, study: Study, folder: Path, seeds: Sequence[int], ledger: _Ledger) -> Arm:
+def _arm(arm: str, study: Study, folder: Path, seeds: Sequence[int], ledger: Ledger) -> Arm:
     private = "no-privacy" not in arm
     return Arm(
         title=_TITLES[arm],
@@ -228,23 +167,8 @@ def _arm(arm: str, study: Study, folder: Path, seeds: Sequence[int], ledger: _Le
         student=over_seeds(ledger["student"][arm]),
         teacher=over_seeds(ledger["teacher"][arm]),
         # Histograms of different models make no common ranking: none for hospitals alone.
-        released=None
-        if arm == ALONE
-        else _released([RunFolder(folder / arm / f"seed-{seed}") for seed in seeds]),
+        released=None if arm == ALONE else released(runs_of_arm(folder, arm, seeds)),
     )
-
-
-def _released(runs: Sequence[RunFolder]) -> Quality | None:
-    """AUC (two classes) and accuracy from the sum of the released histograms."""
-    aucs, accuracies = [], []
-    for run in runs:
-        histograms = run.read_json("result.json")["evaluation"]
-        if not histograms:
-            return None
-        total = np.sum([np.array(one["counts"]) for one in histograms], axis=0)
-        aucs.append(_held(auc_from_histogram(total)) if len(total) == 2 else math.nan)
-        accuracies.append(_held(accuracy_from_histogram(total)))
-    return Quality(mean_interval(aucs), mean_interval(accuracies))
 
 
 def _differences(students: Mapping[str, Sequence[SeedFigures]]) -> Iterable[Difference]:
@@ -253,39 +177,20 @@ def _differences(students: Mapping[str, Sequence[SeedFigures]]) -> Iterable[Diff
             yield paired(FEDERATED, other, students)
 
 
-def _sweep(study: Study, epsilons: Sequence[float], ledger: _Ledger) -> Iterable[SweepPoint]:
-    for one in epsilons:
-        arm = FEDERATED if one == study.privacy.epsilon else epsilon_arm(one)
-        yield SweepPoint(
-            one,
-            over_seeds(ledger["student"][arm]).together,
-            over_seeds(ledger["teacher"][arm]).together,
-        )
-
-
 def _curves(
-    study: Study, folder: Path, worlds: Mapping[int, World]
+    studies: Sequence[Study], folder: Path, worlds: Worlds
 ) -> dict[str, tuple[CurvePoint, ...]]:
     """The federated arm's AUC round by round: the teacher's, and the student's on patients."""
-    stages = ["finetune", *(["distill"] if study.distill.on == "patients" else [])]
-    curves = {}
-    for stage in stages:
-        by_round: dict[int, list[float]] = {}
-        for seed, world in worlds.items():
-            run = RunFolder(folder / FEDERATED / f"seed-{seed}")
-            for number, value in round_curve(run, world.study, _judges(world), stage):
-                by_round.setdefault(number, []).append(value)
-        curves[stage] = tuple(
-            CurvePoint(number, mean_interval(values)) for number, values in sorted(by_round.items())
-        )
-    return curves
+    runs = [ArmRun(FEDERATED, one) for one in studies]
+    stages = ["finetune", *(["distill"] if studies[0].distill.on == "patients" else [])]
+    return {stage: curve(runs, folder, worlds, stage) for stage in stages}
 
 
-def _hospital_facts(worlds: Sequence[World]) -> dict[str, HospitalFacts]:
+def _hospital_facts(studies: Sequence[Study], worlds: Worlds) -> dict[str, HospitalFacts]:
     found: dict[str, list[tuple[int, int, int]]] = {}
-    for world in worlds:
-        classes = len(world.study.dictionary.label.classes)
-        for one in _judges(world):
+    for study in studies:
+        classes = len(study.dictionary.label.classes)
+        for one in worlds.judges(study):
             rarest = int(np.bincount(one.test.labels, minlength=classes).min())
             found.setdefault(one.name, []).append(
                 (one.declared_patients, len(set(one.test.patients)), rarest)
@@ -303,8 +208,3 @@ def _hospital_facts(worlds: Sequence[World]) -> dict[str, HospitalFacts]:
 def _extent(values: Iterable[int]) -> tuple[int, int]:
     known = list(values)
     return min(known), max(known)
-
-
-def _held(share: float) -> float:
-    """A figure from noised counts, held within [0, 1]; NaN stays."""
-    return share if math.isnan(share) else min(1.0, max(0.0, share))

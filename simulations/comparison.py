@@ -77,13 +77,24 @@ class Difference:
     hospitals: Mapping[str, Quality]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SweepPoint:
-    """The federated student (and its teacher) when training is granted ``epsilon``."""
+    """The federated student (and its teacher) under ``settings`` (dotted keys of the study file).
 
-    epsilon: float
+    ``arm`` names the folder of its runs. ``epsilon``: granted to training, None without privacy.
+    ``rounds``: charged ones, of all stages. ``released``: as an arm's. ``bytes_per_hospital``:
+    what one hospital receives and sends in the whole study.
+    """
+
+    arm: str
+    settings: Mapping[str, Any]
+    epsilon: float | None
+    rounds: int
     student: Quality
     teacher: Quality
+    worst_auc: Worst
+    released: Quality | None
+    bytes_per_hospital: Interval
 
 
 @dataclass(frozen=True)
@@ -135,7 +146,7 @@ class Comparison:
                 name: [asdict(one) for one in points] for name, points in self.curves.items()
             },
         }
-        return {key: _without_nan(value) for key, value in tree.items()}
+        return {key: without_nan(value) for key, value in tree.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,11 +268,12 @@ def _worst(values: Mapping[str, Interval]) -> Worst:
     return Worst(name, known[name])
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """Plain data for JSON, which has no NaN: None in its place."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _without_nan(one) for key, one in value.items()}
+        return {key: without_nan(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(one) for one in value]
+        return [without_nan(one) for one in value]
     return value

@@ -57,15 +57,15 @@ def write_report(comparison: Comparison) -> Path:
         study_section(study, sizes, result, comparison.seeds),
         part(
             "The comparison",
-            _table(arm_rows(comparison)),
-            _table(difference_rows(comparison)),
+            rows_table(arm_rows(comparison)),
+            rows_table(difference_rows(comparison)),
             note(_READING),
             note(interval_note(seeds)),
         ),
         part(
             "Hospital by hospital",
-            _table(hospital_rows(comparison, "auc")),
-            _table(hospital_rows(comparison, "accuracy")),
+            rows_table(hospital_rows(comparison, "auc")),
+            rows_table(hospital_rows(comparison, "accuracy")),
         ),
         part("In pictures", *_pictures(comparison)),
         _released_part(comparison),
@@ -157,24 +157,24 @@ def _against_alone(comparison: Comparison) -> Difference:
 def _pictures(comparison: Comparison) -> Iterator[Html]:
     seeds = len(comparison.seeds)
     band = "" if seeds == 1 else f" The band is the 95 % interval over {seeds} seeds."
-    if (png := epsilon_plot(comparison)) is not None:
+    if (drawn := epsilon_plot(comparison)) is not None:
         words = ", ".join(
             f"ε = {one.epsilon:g}: {in_words(one.student.auc)}" for one in comparison.sweep
         )
         yield saved_picture(
             comparison.folder,
             "epsilon",
-            png,
+            drawn,
             alt=f"Federated student AUC by ε. {words}.",
             caption="AUC of the federated student when its training is granted each ε. The lines "
             "are pooled data without privacy (the best one could hope for) and the mean "
             f"over hospitals of training alone.{band}",
         )
-    if (png := round_plot(comparison.curves)) is not None:
+    if (drawn := round_plot(comparison.curves)) is not None:
         yield saved_picture(
             comparison.folder,
             "rounds",
-            png,
+            drawn,
             alt=curve_words(comparison.curves),
             caption=curve_caption(comparison.study) + band,
         )
@@ -207,7 +207,9 @@ def _released_part(comparison: Comparison) -> Html:
                 "leave any hospital."
             ),
         )
-    return part("What leaves the hospitals", _table(rows), paragraph(_released_words(comparison)))
+    return part(
+        "What leaves the hospitals", rows_table(rows), paragraph(_released_words(comparison))
+    )
 
 
 def _released_words(comparison: Comparison) -> str:
@@ -284,5 +286,6 @@ def _command(comparison: Comparison, *, exact: bool) -> str:
     return shlex.join(words)
 
 
-def _table(rows: Rows) -> Html:
+def rows_table(rows: Rows) -> Html:
+    """The rows for a page."""
     return data_table(rows.title, rows.headings, rows.rows, names=rows.names)

@@ -13,6 +13,7 @@ from common.privacy.units import Trust
 from common.sources import SourceSpec
 from common.study import Study
 from simulations.comparison import CurvePoint
+from simulations.drawing import Picture
 from simulations.markup import (
     Content,
     Html,
@@ -292,12 +293,11 @@ def in_words(one: Interval) -> str:
     return f"{one.mean:.3f} (95 % interval {max(0.0, one.low):.3f} to {min(1.0, one.high):.3f})"
 
 
-def saved_picture(folder: Path, name: str, png: bytes, *, alt: str, caption: str) -> Html:
-    """Keep the PNG beside the report, and embed it."""
-    path = folder / "plots" / f"{name}.png"
-    path.parent.mkdir(exist_ok=True)
-    write_atomically(path, png)
-    return picture(png, alt=alt, caption=caption)
+def saved_picture(folder: Path, name: str, drawn: Picture, *, alt: str, caption: str) -> Html:
+    """Keep PNG and SVG beside the report, and embed the PNG."""
+    write_atomically(folder / "plots" / f"{name}.png", drawn.png)
+    write_atomically(folder / "plots" / f"{name}.svg", drawn.svg)
+    return picture(drawn.png, alt=alt, caption=caption)
 
 
 def curve_words(curves: Mapping[str, Sequence[CurvePoint]]) -> str:

@@ -102,11 +102,11 @@ def _rounds(run: RunFolder, study: Study, hospitals: list[Hospital]) -> list[Htm
         ]
         for stage in stages
     }
-    png = round_plot(curves, title="AUC after each round")
-    if png is None:
+    drawn = round_plot(curves, title="AUC after each round")
+    if drawn is None:
         return []
     words, caption = curve_words(curves), curve_caption(study)
-    shown = saved_picture(run.path, "rounds", png, alt=words, caption=caption)
+    shown = saved_picture(run.path, "rounds", drawn, alt=words, caption=caption)
     return [part("Round by round", shown)]
 
 

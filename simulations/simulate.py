@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from flwr.app import Context, Message, RecordDict
 
 from client.app import build_client_app
 from client.hospital import Hospital
-from common.errors import RunError
+from common.errors import RunError, StudyError, nearest
 from common.randomness import NoiseSource, SecretNoise
 from common.study import Study
 from common.tables import Table
@@ -22,11 +22,14 @@ from server.conduct import Progress
 from server.store import RunFolder
 from simulations.engine import StackedEngine
 from simulations.grid import Backend, InProcessGrid, one_by_one
-from simulations.hospitals import build_world, open_world, secret_noise, seeded_noise
+from simulations.hospitals import World, build_world, open_world, secret_noise, seeded_noise
+from simulations.ray_engine import check_ray, ray_backend
 from simulations.scenarios import open_scene
 
 Watch = Callable[[Progress], None]
-Engine = Literal["stacked", "one-by-one"]
+InProcess = Literal["stacked", "one-by-one"]
+Engine = Literal["auto", "stacked", "one-by-one", "ray"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 
 def run_in_process(
@@ -36,7 +39,7 @@ def run_in_process(
     corpus: Table | None,
     watch: Watch,
     *,
-    engine: Engine = "stacked",
+    engine: InProcess = "stacked",
     memory_bytes: int | None = None,
     debug: bool = False,
 ) -> None:
@@ -48,8 +51,6 @@ def run_in_process(
     client_app = build_client_app(
         lambda context, _: nullcontext(hospitals[context.node_id - 1]), debug=debug
     )
-    scene = open_scene(study, run, hospitals)
-    server_app = build_server_app(lambda _: Job(study, run, corpus, watch, facts=scene.facts))
 
     def handle(message: Message) -> Message:
         return client_app(message, _context(message.metadata.dst_node_id))
@@ -57,6 +58,20 @@ def run_in_process(
     backend: Backend = one_by_one(handle, debug=debug)
     if engine == "stacked":
         backend = StackedEngine(hospitals, backend, memory_bytes=memory_bytes, debug=debug)
+    conduct_over(study, run, hospitals, backend, corpus, watch)
+
+
+def conduct_over(
+    study: Study,
+    run: RunFolder,
+    hospitals: list[Hospital],
+    backend: Backend,
+    corpus: Table | None,
+    watch: Watch,
+) -> None:
+    """Conduct ``study`` over a backend that answers for ``hospitals``, as its scenario says."""
+    scene = open_scene(study, run, hospitals)
+    server_app = build_server_app(lambda _: Job(study, run, corpus, watch, facts=scene.facts))
     server_app(InProcessGrid(len(hospitals), scene.over(backend)), _context(0))
 
 
@@ -67,41 +82,31 @@ def simulate(
     watch: Watch,
     *,
     noise_seed: int | None = None,
-    engine: Engine = "stacked",
+    engine: Engine = "auto",
     memory_bytes: int | None = None,
     replace: bool = False,
     debug: bool = False,
 ) -> RunFolder:
     """A new run of ``study`` in the folder ``path``.
 
+    ``engine``: who answers for the hospitals; ``auto`` is ``stacked``. Results agree to rounding.
     ``noise_seed`` replaces every hospital's secret noise by repeatable test noise; the privacy
     statement then says that nothing is guaranteed.
     """
+    check_engine(engine, study)
     world = build_world(study, data_folder)
     # A folder with a study file alone may be anything of the user's; a run has both.
     if replace and (path / "study.toml").is_file() and (path / "environment.json").is_file():
         shutil.rmtree(path)
     run = RunFolder.create(path, study)
-    run.write_json(
-        "simulation.json",
-        {
-            "data_folder": str(data_folder.resolve()),
-            "noise_seed": noise_seed,
-            "engine": engine,
-            "memory_bytes": memory_bytes,
-        },
-    )
-    noise = run_noise(run, [site.name for site in world.sites], noise_seed)
-    run_in_process(
-        study,
-        run,
-        open_world(world, noise),
-        world.corpus,
-        watch,
-        engine=engine,
-        memory_bytes=memory_bytes,
-        debug=debug,
-    )
+    settings = {
+        "data_folder": str(data_folder.resolve()),
+        "noise_seed": noise_seed,
+        "engine": "stacked" if engine == "auto" else engine,
+        "memory_bytes": memory_bytes,
+    }
+    run.write_json("simulation.json", settings)
+    _conduct(world, run, watch, settings, debug=debug)
     return run
 
 
@@ -110,20 +115,50 @@ def resume(path: Path, watch: Watch, *, debug: bool = False) -> RunFolder:
     run, study = RunFolder.open(path)
     if (path / "result.json").exists():
         return run
-    settings = run.read_json("simulation.json")
+    # One by one, as runs were made before they said how.
+    settings = {"engine": "one-by-one", "memory_bytes": None} | run.read_json("simulation.json")
+    check_engine(parse_engine(settings["engine"]), study)
     world = build_world(study, Path(settings["data_folder"]))
+    _conduct(world, run, watch, settings, debug=debug)
+    return run
+
+
+def parse_engine(name: str) -> Engine:
+    """The engine of this name. Raises StudyError for another."""
+    for one in ENGINES:
+        if one == name:
+            return one
+    raise StudyError(
+        f"engine: expected one of {', '.join(ENGINES)}, found {name!r}; {nearest(name, ENGINES)}"
+    )
+
+
+def check_engine(engine: Engine, study: Study) -> None:
+    """Refuse an engine that is not installed, or cannot run ``study``."""
+    if engine == "ray":
+        check_ray(study)
+
+
+def _conduct(
+    world: World, run: RunFolder, watch: Watch, settings: Mapping[str, Any], *, debug: bool
+) -> None:
+    """Conduct the run as its ``simulation.json`` says."""
     noise = run_noise(run, [site.name for site in world.sites], settings["noise_seed"])
+    hospitals = open_world(world, noise)
+    if settings["engine"] == "ray":
+        with ray_backend(run, world, noise, debug=debug) as backend:
+            conduct_over(world.study, run, hospitals, backend, world.corpus, watch)
+        return
     run_in_process(
-        study,
+        world.study,
         run,
-        open_world(world, noise),
+        hospitals,
         world.corpus,
         watch,
-        engine=settings.get("engine", "one-by-one"),  # as runs were made before they said
-        memory_bytes=settings.get("memory_bytes"),
+        engine=settings["engine"],
+        memory_bytes=settings["memory_bytes"],
         debug=debug,
     )
-    return run
 
 
 def load_hospitals(path: Path) -> tuple[Study, list[Hospital]]:

@@ -28,9 +28,6 @@ def arm_rows(comparison: Comparison) -> Rows:
     """One row per arm: the student at all test patients, and at the worst hospital."""
     seeds = len(comparison.seeds)
 
-    def worst(one: Worst) -> str:
-        return f"{shown(one.value, seeds=seeds)} {one.hospital or ''}".rstrip()
-
     return Rows(
         "Students on all hospitals' test patients",
         ("training", "ε", "AUC", "accuracy", "worst hospital, AUC"),
@@ -40,11 +37,16 @@ def arm_rows(comparison: Comparison) -> Rows:
                 "none" if arm.epsilon is None else f"{arm.epsilon:g}",
                 shown(arm.student.together.auc, seeds=seeds),
                 shown(arm.student.together.accuracy, seeds=seeds),
-                worst(arm.student.worst_auc),
+                worst_words(arm.student.worst_auc, seeds),
             )
             for arm in comparison.arms.values()
         ),
     )
+
+
+def worst_words(one: Worst, seeds: int) -> str:
+    """The figure and the hospital."""
+    return f"{shown(one.value, seeds=seeds)} {one.hospital or ''}".rstrip()
 
 
 def hospital_rows(comparison: Comparison, measure: str) -> Rows:
@@ -141,11 +143,13 @@ def render_table(comparison: Comparison) -> RenderableType:
     if released is not None:
         tables.append(released)
     return Group(
-        *(_rich(one) for one in tables), Text(interval_note(len(comparison.seeds)), style="dim")
+        *(rich_table(one) for one in tables),
+        Text(interval_note(len(comparison.seeds)), style="dim"),
     )
 
 
-def _rich(rows: Rows) -> Table:
+def rich_table(rows: Rows) -> Table:
+    """The rows for a terminal."""
     table = Table(
         title=rows.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False
     )

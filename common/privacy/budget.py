@@ -90,7 +90,7 @@ class Budget:
         if self.delta is None:
             return None
         delta = self.delta - self.distance
-        return epsilon(self._events(), delta=delta, relation=self.relation)
+        return epsilon(self.events(), delta=delta, relation=self.relation)
 
     def verified_total(self) -> float | None:
         """The larger of our ε and ``dp-accounting``'s; raises PrivacyError where they disagree."""
@@ -98,7 +98,7 @@ class Budget:
         if ours is None or self.delta is None:
             return None
         delta = self.delta - self.distance
-        theirs = library_epsilon(self._events(), delta=delta, relation=self.relation)
+        theirs = library_epsilon(self.events(), delta=delta, relation=self.relation)
         if abs(ours - theirs) > _AGREEMENT * ours:
             raise PrivacyError(
                 f"ε of the study: expected two accountants to agree within {_AGREEMENT:.0%}, "
@@ -106,7 +106,8 @@ class Budget:
             )
         return max(ours, theirs)
 
-    def _events(self) -> list[Event]:
+    def events(self) -> list[Event]:
+        """All that is charged, spare attempts included."""
         return [event for one in (*self.charges, *self.spare) for event in one.events()]
 
 

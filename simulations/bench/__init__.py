@@ -11,6 +11,7 @@ from simulations.bench.distributed import distributed
 from simulations.bench.load import load
 from simulations.bench.pretraining import pretraining
 from simulations.bench.privacy import privacy
+from simulations.bench.scale import scale
 from simulations.bench.secagg import secagg
 from simulations.bench.simulation import simulation
 
@@ -20,6 +21,7 @@ BENCHES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "load": load,
     "pretraining": pretraining,
     "privacy": privacy,
+    "scale": scale,
     "secagg": secagg,
     "simulation": simulation,
 }

@@ -50,7 +50,7 @@ from simulations.bench.flower_ray import round_cpu_s
 from simulations.bench.models import VOCABULARY, lora_transformer
 from simulations.engine import Cohort, Lane, Round, updates_of
 from simulations.hospitals import Site, World, open_world, seeded_noise
-from simulations.simulate import Engine, run_in_process
+from simulations.simulate import InProcess, run_in_process
 from simulations.tiles import BATCH_BYTES, hospital_bytes, tiles
 
 _ROUNDS = 6
@@ -93,7 +93,7 @@ def _work(study: Study, hospitals: int, records: int) -> dict[str, Any]:
     }
 
 
-def _rounds(world: World, engine: Engine) -> tuple[float, list[Tensor]]:
+def _rounds(world: World, engine: InProcess) -> tuple[float, list[Tensor]]:
     """Median CPU seconds of a round of fine-tuning after the first, and the weights after each."""
     study = world.study
     hospitals = open_world(world, seeded_noise(_NOISE_SEED, [site.name for site in world.sites]))

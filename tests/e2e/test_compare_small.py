@@ -133,7 +133,7 @@ def test_one_roof_cannot_be_continued_as_if_it_were_all_hospitals(done: Comparis
 def test_every_arm_is_scored_on_the_same_test_patients(done: Comparison) -> None:
     study, hospitals = load_hospitals(done.folder / "federated" / "seed-0")
     aucs = {}
-    for arm in ("federated", "pooled", "epsilon-1"):
+    for arm in ("federated", "pooled", "privacy.epsilon=1"):
         folder, own = RunFolder.open(done.folder / arm / "seed-0")
         _, student, features = finished_models(folder, own)
         aucs[arm] = together(score(student, own, features, hospitals)).auc
@@ -192,7 +192,7 @@ def test_figures_are_shares_with_both_seeds_behind_them(done: Comparison) -> Non
 
 
 def test_arms_without_privacy_say_so_in_their_own_statement(done: Comparison) -> None:
-    for arm, epsilon in (("federated-no-privacy", None), ("epsilon-1", 1.0)):
+    for arm, epsilon in (("federated-no-privacy", None), ("privacy.epsilon=1", 1.0)):
         statement = RunFolder(done.folder / arm / "seed-0").read_json("privacy.json")
         assert statement["epsilon_target"] == epsilon
         assert not statement["guaranteed"]  # none of them: the noise is test noise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from simulations.comparison import (
     Comparison,
     CurvePoint,
     HospitalFacts,
+    ModelFigures,
     Quality,
     SeedFigures,
     SweepPoint,
@@ -22,6 +24,21 @@ from simulations.comparison import (
 
 EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
 NASTY = '<b>ward</b> & "co"'
+
+
+def a_point(settings: dict[str, Any], model: ModelFigures, kilobytes: float = 100) -> SweepPoint:
+    """One combination of a sweep."""
+    return SweepPoint(
+        arm=",".join(f"{key}={value}" for key, value in settings.items()),
+        settings=settings,
+        epsilon=settings.get("privacy.epsilon", 3.0),
+        rounds=10,
+        student=model.together,
+        teacher=model.together,
+        worst_auc=model.worst_auc,
+        released=None,
+        bytes_per_hospital=mean_interval([1e3 * kilobytes]),
+    )
 
 
 def a_comparison(folder: Path, *, seeds: int = 3) -> Comparison:
@@ -81,7 +98,7 @@ def a_comparison(folder: Path, *, seeds: int = 3) -> Comparison:
             paired("federated", name, drawn) for name in levels if name != "federated"
         ),
         sweep=tuple(
-            SweepPoint(epsilon, *[over_seeds(figures(0.8 + epsilon / 50)).together] * 2)
+            a_point({"privacy.epsilon": epsilon}, over_seeds(figures(0.8 + epsilon / 50)))
             for epsilon in (0.5, 3.0)
         ),
         curves={

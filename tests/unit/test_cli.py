@@ -88,6 +88,21 @@ def test_a_wrong_study_is_refused_in_one_line(
         ["simulate"],
         ["simulte", "x"],
         ["simulate", str(WISCONSIN), "--sed", "3"],
+        ["simulate", str(WISCONSIN), "--engine", "rey"],
+        ["sweep", str(WISCONSIN)],
+        ["sweep", str(WISCONSIN), "--set", "privacy.epsilom=1"],
+        ["sweep", str(WISCONSIN), "--set", "privacy.epsilon=1", "--select", "geometrik"],
+        ["sweep", str(WISCONSIN), "--set", "privacy.epsilon=1", "--trials", "3"],
+        [
+            "sweep",
+            str(WISCONSIN),
+            "--set",
+            "privacy.epsilon=1",
+            "--select",
+            "poisson",
+            "--seeds",
+            "2",
+        ],
         ["resume", "nowhere"],
         ["bench", "acuracy"],
         ["simulate", str(ROOT / "deploy/examples/heart.toml"), "--data", "nowhere"],
@@ -148,6 +163,33 @@ def test_simulate_prints_one_json_object_and_leaves_a_whole_run_folder(
     again = consilium("simulate", small_study(tmp_path), "--run", run)
     assert again.returncode == 2
     assert "already holds a run" in again.stderr
+
+
+def test_sweep_prints_a_table_and_one_json_object(
+    consilium: Callable[..., Done], tmp_path: Path
+) -> None:
+    asked = ("--set", "finetune.rounds=2,3", "--seeds", "1", "--out", tmp_path / "s")
+    done = consilium("sweep", small_study(tmp_path), *asked)
+    assert done.returncode == 0, done.stderr
+    for words in ("finetune.rounds", "kB per hospital", "This sweep chose nothing", "results.csv"):
+        assert words in done.stdout
+    again = consilium("sweep", small_study(tmp_path), *asked, "--json")
+    found = json.loads(again.stdout)
+    assert [one["settings"] for one in found["combinations"]] == [
+        {"finetune.rounds": 2},
+        {"finetune.rounds": 3},
+    ]
+    assert found["chosen"] is None and found["price_of_choosing"]["runs"] == 2
+
+
+def test_select_prints_the_winner_and_its_price(
+    consilium: Callable[..., Done], tmp_path: Path
+) -> None:
+    asked = ("--set", "finetune.rounds=2,3", "--select", "geometric", "--trials", "1")
+    done = consilium("sweep", small_study(tmp_path), *asked, "--out", tmp_path / "s")
+    assert done.returncode == 0, done.stderr
+    assert "Chosen: finetune.rounds" in done.stdout
+    assert "best of a random number of trials" in done.stdout
 
 
 def test_an_edited_statement_is_refused(consilium: Callable[..., Done], tmp_path: Path) -> None:

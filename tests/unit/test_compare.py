@@ -14,11 +14,13 @@ from client.hospital import Hospital
 from common.errors import StudyError
 from common.study import Study, load_study
 from simulations import arms
+from simulations.combinations import Setting, combine
 from simulations.compare import compare, default_epsilons
 from simulations.comparison import over_seeds, paired, seed_figures, shown, worst_first
 from simulations.evaluation import Scores
 from simulations.hospitals import World, build_world, open_world, seeded_noise
 from simulations.tables import hospital_rows, render_table
+from simulations.worlds import Worlds
 from tests.unit.made_up import a_comparison
 
 EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
@@ -164,12 +166,12 @@ def cast_of(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         seen[told[-1].arm, told[-1].hospital] = (study, hospitals)
 
     monkeypatch.setattr(arms, "run_in_process", note)
-    runs = arms.runs_of_seed(world.study, world, (1.0, 3.0))
+    sweep = combine(world.study, [Setting("privacy.epsilon", (1.0,))])
+    runs = arms.runs_of_seed(world.study, world, sweep)
     arms.train(
         runs,
         tmp_path,
-        {world.study.seed: world},
-        data_folder=tmp_path,
+        Worlds(tmp_path),
         noise_seed=None,
         watch=told.append,
         debug=True,
@@ -193,7 +195,7 @@ def test_alone_sees_its_own_rows_only_and_pooled_sees_all_training_rows(
         _, (roof,) = seen[arm, None]
         assert set(roof.train.patients) == everyone
         assert not everyone & tested
-    for arm in (arms.FEDERATED, arms.FEDERATED_NO_PRIVACY, "epsilon-1"):
+    for arm in (arms.FEDERATED, arms.FEDERATED_NO_PRIVACY, "privacy.epsilon=1"):
         _, hospitals = seen[arm, None]
         assert [one.name for one in hospitals] == names
 
@@ -204,7 +206,7 @@ def test_arms_differ_in_privacy_and_minimum_only_and_never_share_noise(
     seen = cast_of(world, tmp_path, monkeypatch)
     own = world.study
     assert seen[arms.FEDERATED, None][0] == own
-    assert seen["epsilon-1", None][0] == own.revised(privacy__epsilon=1.0)
+    assert seen["privacy.epsilon=1", None][0] == own.revised(privacy__epsilon=1.0)
     assert seen[arms.POOLED, None][0] == own.revised(federation__minimum_hospitals=1)
     assert seen[arms.FEDERATED_NO_PRIVACY, None][0].privacy.trust == "none"
     first = [

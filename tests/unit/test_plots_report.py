@@ -75,9 +75,11 @@ class Page(HTMLParser):
 
 def test_pictures_are_drawn_not_blank_and_repeatable() -> None:
     comparison = a_comparison(Path())
-    for png in (epsilon_plot(comparison), round_plot(comparison.curves), hospital_plot(comparison)):
-        assert png is not None
-        pixels = image.imread(io.BytesIO(png))
+    drawn = (epsilon_plot(comparison), round_plot(comparison.curves), hospital_plot(comparison))
+    for one in drawn:
+        assert one is not None
+        assert b"<svg" in one.svg
+        pixels = image.imread(io.BytesIO(one.png))
         assert pixels.shape[1] == 1200
         assert pixels[..., :3].std() > 0.05
     assert hospital_plot(comparison) == hospital_plot(comparison)
@@ -112,7 +114,8 @@ def test_the_report_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
     assert len(pictures) == 3
     assert all(len(one["alt"] or "") > 40 for one in pictures)
     for name in ("epsilon", "rounds", "hospitals"):
-        assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 10_000
+        for kind in ("png", "svg"):
+            assert (tmp_path / "plots" / f"{name}.{kind}").stat().st_size > 10_000
 
 
 def test_the_report_holds_every_arm_and_hospital_escaped(tmp_path: Path) -> None:

@@ -1,0 +1,52 @@
+"""What the researcher's commands share: their options, and how they say things."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from common.errors import StudyError
+from common.study import Study, load_study
+
+StudyArgument = Annotated[Path, typer.Argument(help="The study file (TOML).", show_default=False)]
+RunArgument = Annotated[Path, typer.Argument(help="The run folder.", show_default=False)]
+DataOption = Annotated[Path, typer.Option("--data", help="The folder that holds the data files.")]
+DATA_HOME = Path(os.environ.get("CONSILIUM_DATA", "."))
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Replaces the study's seed.")]
+NoiseSeedOption = Annotated[
+    int | None, typer.Option(help="Repeatable test noise in place of secret noise: NO privacy.")
+]
+EngineOption = Annotated[
+    str, typer.Option(help="Who answers for the hospitals: auto, stacked, one-by-one or ray.")
+]
+ReplaceOption = Annotated[bool, typer.Option("--replace", help="Start over in a used folder.")]
+
+
+def load(path: Path, seed: int | None) -> Study:
+    """The study, with another seed if one is given. Raises StudyError."""
+    loaded = load_study(path)
+    if seed is not None:
+        if seed < 0:
+            raise StudyError(f"--seed: expected a number of at least 0, found {seed}")
+        loaded = loaded.revised(seed=seed)
+    return loaded
+
+
+def announce(study: Study, path: Path, *, quiet: bool) -> None:
+    """Say what will run, under which promise, and where its results go."""
+    if quiet:
+        return
+    from simulations.describe import promise  # noqa: PLC0415 (torch takes a second)
+
+    print(f"Study {study.name}: {promise(study)}. Results go to {path}/", file=sys.stderr)
+
+
+def emit(as_json: bool, value: Any, text: str) -> None:
+    """One JSON object, or words."""
+    print(json.dumps(value) if as_json else text)
