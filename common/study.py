@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -399,6 +400,11 @@ class Study(Strict):
 
     def digest(self) -> str:
         """SHA-256 of what binds the parties: the study without its simulation section."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Worked out once: every message of a run is compared with it."""
         return _digest(self.model_dump(mode="json", exclude={"simulation"}))
 
     def revised(self, **changes: Any) -> Study:

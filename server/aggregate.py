@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,11 +40,13 @@ def secure_sum(
     task: AggregateTask,
     members: Mapping[str, HelloReply],
     length: int,
+    next_attempt: Callable[[str, int], int],
 ) -> SecureSum:
     """The hospitals' noised sum [length] of what ``task`` asks for.
 
-    A failed attempt is repeated with the next number as often as the study has budgeted
-    (``spare_attempts``). Raises RunError when too few hospitals remain.
+    A failed attempt is repeated as often as the study has budgeted (``spare_attempts``).
+    ``next_attempt(stage, round)`` gives each its number, never twice the same. What earlier
+    attempts have cost, every hospital knows for itself. Raises RunError when too few remain.
     """
     # A hospital without an identity takes part in no sum; the others go on without it.
     pinned = {
@@ -53,7 +55,8 @@ def secure_sum(
         if one.identity
     }
     encoding = encoding_of(study, task.stage, length)
-    for attempt in range(study.privacy.spare_attempts + 1):
+    for _ in range(study.privacy.spare_attempts + 1):
+        attempt = next_attempt(task.stage, task.round)
         tried = replace(task, attempt=attempt)
         session = ServerSession(terms=terms_of(study, tried, encoding), pinned=pinned)
         try:

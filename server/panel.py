@@ -6,8 +6,9 @@ Each question has one answer, whichever way it came: the coordinator's rules nee
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -71,13 +72,28 @@ class Histogram:
         }
 
 
+def fresh_attempts() -> Callable[[str, int], int]:
+    """Numbers for attempts at secure sums, by stage and round, that end with the process."""
+    given: Counter[tuple[str, int]] = Counter()
+
+    def next_attempt(stage: str, number: int) -> int:
+        given[stage, number] += 1
+        return given[stage, number] - 1
+
+    return next_attempt
+
+
 @dataclass(frozen=True)
 class Panel:
-    """The hospitals that take part (``members``, by name; more may come) and the ``link``."""
+    """The hospitals that take part (``members``, by name; more may come) and the ``link``.
+
+    ``next_attempt``: see ``secure_sum``; a run that may be resumed passes ``RunFolder``'s.
+    """
 
     study: Study
     link: Link
     members: dict[str, HelloReply]
+    next_attempt: Callable[[str, int], int] = field(default_factory=fresh_attempts)
 
     def welcome(self) -> None:
         """Let hospitals that came, or came back, take part from now on."""
@@ -182,7 +198,9 @@ class Panel:
             student=student or {},
             scaling=torch.zeros(0, 2) if scaling is None else scaling,
         )
-        return secure_sum(self.study, self.link, task, self.members, length)
+        return secure_sum(
+            self.study, self.link, task, self.members, length, self.next_attempt
+        )
 
     def _ask(
         self, action: str, task: Any, kind: type[Reply], fits: Callable[[Reply], bool]

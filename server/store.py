@@ -9,6 +9,7 @@
     ├── checkpoint.json       the last finished step and the tensors that belong to it
     ├── checkpoints/          those tensors (safetensors)
     ├── rounds/               the model after every round (safetensors, trainable weights)
+    ├── attempts.json         numbers given to attempts at secure sums (trust = "distributed")
     ├── teacher.safetensors   the results
     ├── student.safetensors
     └── privacy.json, PRIVACY.md    the statement
@@ -124,6 +125,17 @@ class RunFolder:
         except ValueError as error:
             raise RunError(f"{self.path / name}: not valid JSON ({error})") from None
         return value
+
+    def next_attempt(self, stage: str, number: int) -> int:
+        """A number no attempt at this round's secure sum has had, not even before a crash.
+
+        Hospitals answer no number twice, whether or not anything of theirs left under it.
+        """
+        name, key = "attempts.json", f"{stage}-{number}"
+        given = self.read_json(name) if (self.path / name).exists() else {}
+        attempt = int(given.get(key, 0))
+        self.write_json(name, {**given, key: attempt + 1})
+        return attempt
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line of metrics."""
