@@ -163,8 +163,8 @@ def open_safe(
 ) -> Iterator[Safe]:
     """Open a folder by ``create_safe``, with ledger and log checked against each other.
 
-    ``on_step``: see ``Ledger``. Raises SecretError, AuditError or LedgerError when anything is missing, open to others or
-    damaged.
+    ``on_step``: see ``Ledger``. Raises SecretError, AuditError or LedgerError when anything is
+    missing, open to others or damaged.
     """
     folder = SafeFolder(path)
     key = WrappingKey.of_folder(path, environ)

@@ -152,7 +152,10 @@ class GridLink:
     ) -> Iterator[tuple[int, Reply]]:
         waiting = [_Waiting(node, content, self._timer.now()) for node, content in contents.items()]
         self._send(action, waiting)
-        deadline, check = self._timer.monotonic() + timeout_s, self._timer.monotonic() + _RESEND_CHECK_S
+        deadline, check = (
+            self._timer.monotonic() + timeout_s,
+            self._timer.monotonic() + _RESEND_CHECK_S,
+        )
         pause_s = _POLL_S
         while waiting and self._timer.monotonic() < deadline:
             for one, message in (arrived := self._arrived(waiting)):

@@ -198,9 +198,7 @@ class Panel:
             student=student or {},
             scaling=torch.zeros(0, 2) if scaling is None else scaling,
         )
-        return secure_sum(
-            self.study, self.link, task, self.members, length, self.next_attempt
-        )
+        return secure_sum(self.study, self.link, task, self.members, length, self.next_attempt)
 
     def _ask(
         self, action: str, task: Any, kind: type[Reply], fits: Callable[[Reply], bool]

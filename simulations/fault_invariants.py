@@ -47,7 +47,7 @@ _TOLERANCE = 1e-4  # of float32 sums in any order, of which two differ by noise,
 _SLACK = 1e-9
 
 
-class Violation(Exception):
+class ViolationError(Exception):
     """An invariant is broken: the simulator's finding."""
 
 
@@ -67,16 +67,18 @@ class LedgerReader:
         """``path``: of ``ledger.db``."""
         self._db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
         self._last = 0
+        self.has_lost = False
         self.charges: Counter[Step] = Counter()
         self.events: dict[str, list[GaussianEvent]] = {"train": [], "test": []}
 
-    def refresh(self) -> bool:
-        """Read what was charged since; whether there was anything. Raises Violation on a loss."""
-        count, last = self._db.execute("SELECT count(*), coalesce(max(id), 0) FROM entry").fetchone()
-        if count < self.charges.total():
-            raise Violation("the ledger lost a charge")
+    def refresh(self) -> None:
+        """Read what was charged since."""
+        count, last = self._db.execute(
+            "SELECT count(*), coalesce(max(id), 0) FROM entry"
+        ).fetchone()
+        self.has_lost = self.has_lost or count < self.charges.total()
         if last == self._last:
-            return False
+            return
         for row in self._db.execute(
             "SELECT id, cohort, facts, '' FROM entry WHERE id > ? ORDER BY id", (self._last,)
         ):
@@ -85,7 +87,6 @@ class LedgerReader:
             pool = "test" if entry.stage == "evaluate" else "train"
             self.events[pool] += entry.declared
         self._last = last
-        return True
 
     def has_release(self, step: Step) -> bool:
         """Whether a release of this step is stored, to be given again."""
@@ -132,12 +133,15 @@ class Observer:
         self._wire = Eavesdropper(threshold=enrolled - federation.tolerated_dropouts)
 
     def check(self) -> None:
-        """Raise Violation if anything is broken; after every event."""
+        """Raise ViolationError if anything is broken; after every event."""
         if self.broken:
-            raise Violation(self.broken[0])
+            raise ViolationError(self.broken[0])
         for name in self.touched:
-            if self.readers[name].refresh():
-                self._within_promise(name, self.readers[name])
+            reader = self.readers[name]
+            reader.refresh()
+            if reader.has_lost:
+                raise ViolationError(f"the ledger of {name} lost a charge")
+            self._within_promise(name, reader)
         self.touched.clear()
 
     def asks(self, task: Any) -> None:
@@ -186,10 +190,8 @@ class Observer:
         """A hospital failed in a way that is no domain error: a bug."""
         self._breaks(f"{name} failed unexpectedly: {reason}")
 
-    def believes(
-        self, step: Step, found: Tensor, hospitals: int | None, form: str = "sum"
-    ) -> None:
-        """The coordinator takes ``found`` for ``step``'s result over so many hospitals (None: some).
+    def believes(self, step: Step, found: Tensor, hospitals: int | None, form: str = "sum") -> None:
+        """The coordinator takes ``found`` for ``step``'s result over ``hospitals`` (None: some).
 
         ``form``: ``sum``, or ``update``: the mean step of a training round.
         """
@@ -199,7 +201,7 @@ class Observer:
             scale = 1.0 + float(expected.abs().max())
             if float((value - expected).abs().max()) <= _TOLERANCE * scale:
                 return
-        raise Violation(
+        raise ViolationError(
             f"{step[0]} round {step[1]}: the coordinator's result over {hospitals or 'some'} "
             f"hospitals is no sum of what as many hospitals released"
         )
@@ -221,7 +223,9 @@ class Observer:
     def _within_promise(self, name: str, reader: LedgerReader) -> None:
         for pool, events in reader.events.items():
             if events and not self._fits(pool, events):
-                raise Violation(f"{name} spent more than the study promised its {pool} patients")
+                raise ViolationError(
+                    f"{name} spent more than the study promised its {pool} patients"
+                )
 
     def _fits(self, pool: str, events: Sequence[GaussianEvent]) -> bool:
         budget = evaluation_budget_of(self.study) if pool == "test" else budget_of(self.study)
@@ -271,5 +275,7 @@ def _payload_of(reply: Any) -> bytes | None:
     """What in ``reply`` was computed from patients; None where nothing was."""
     if isinstance(reply, AggregateReply):
         return reply.message if kind_of(reply.message) is Kind.MASKED else None
-    value = {StatisticsReply: "sums", TrainReply: "update", EvaluateReply: "histogram"}.get(type(reply))
+    value = {StatisticsReply: "sums", TrainReply: "update", EvaluateReply: "histogram"}.get(
+        type(reply)
+    )
     return None if value is None else getattr(reply, value).numpy().tobytes()

@@ -3,8 +3,8 @@
 The reader is the coordinator and everybody on the wire together, with a perfect memory: messages
 that were lost, late, repeated, or of an attempt that failed count like any other. What is checked
 is the protocol's promise itself (Bonawitz et al. 2017): the sums that can be unmasked from all that
-was said hold at least ``threshold`` hospitals each. The worlds here have at most 32 hospitals, each of which
-shares masks with every other.
+was said hold at least ``threshold`` hospitals each. The worlds here have at most 32 hospitals; up
+to there each shares masks with every other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from common.secagg import messages
 from common.secagg.messages import Kind
 from common.secagg.terms import DIGEST_BYTES
 from common.wire import AggregateStep
-
 
 _TERMS = slice(5, 5 + DIGEST_BYTES)  # where a message's header names them
 
@@ -87,22 +86,23 @@ class Eavesdropper:
             self._place[name, terms] = (shares.roster, shares.sender)
             return None
         roster, me = self._place[name, terms]
-        exchange = self.exchanges[roster]
         if kind is Kind.MASKED:
             request = messages.body_of(asked.message, Kind.DELIVERY, terms, is_signed=False)
-            exchange.sharers[me] = messages.Delivery.decode(request).sharers
+            self.exchanges[roster].sharers[me] = messages.Delivery.decode(request).sharers
             return None
         try:
-            reveal = messages.Reveal.decode(body)
+            return self._revealed(self.exchanges[roster], me, messages.Reveal.decode(body))
         except ConsiliumError as error:
             return f"{name}: {error}"
+
+    def _revealed(self, exchange: Exchange, me: int, reveal: messages.Reveal) -> str | None:
         exchange.seeds.add(me)
         for owner in reveal.of_seeds:
             exchange.seed_shares[owner].add(me)
         for owner in reveal.of_keys:
             exchange.key_shares[owner].add(me)
             if me in exchange.seed_shares[owner]:
-                return f"{name} revealed both shares of hospital {owner}"
+                return f"hospital {me} revealed both shares of hospital {owner}"
         for group in exchange.unmasked(self.threshold):
             if len(group) < self.threshold:
                 return f"the sum of {len(group)} hospitals can be read, {self.threshold} is least"

@@ -30,7 +30,7 @@ from server.finish import finish
 from server.flower_link import Enrolled, GridLink
 from server.panel import Panel, fresh_attempts
 from server.store import Checkpoint, RunFolder
-from simulations.fault_invariants import Violation
+from simulations.fault_invariants import ViolationError
 from simulations.fault_scheduler import Crash, Scheduler
 from simulations.fault_world import TIMEOUT_S, FaultyGrid, FaultyLink, World
 
@@ -127,7 +127,7 @@ def hospitals_of(study: Study) -> int:
 def to_its_end(world: World, run: Callable[[], None]) -> str:
     """``run`` again and again, as a service does: ``finished``, or ``refused`` for good.
 
-    Raises Violation when it comes to no end although nothing fails any more.
+    Raises ViolationError when it comes to no end although nothing fails any more.
     """
     scheduler = world.scheduler
     lives = scheduler.rng.randint(1, _MOST_LIVES)
@@ -171,7 +171,7 @@ def _check_refusal(world: World, reason: str) -> None:
         needed = federation.minimum_hospitals
     able = [one for one in world.hospitals if not observer.is_exhausted(one, observer.newest)]
     if len(able) >= needed:
-        raise Violation(
+        raise ViolationError(
             f"no end although faults have stopped: {len(able)} hospitals can answer "
             f"{observer.newest[0]} round {observer.newest[1]}, {needed} are needed ({reason})"
         )

@@ -173,9 +173,7 @@ class Network:
         for delay_s in delays:
             scheduler.after(delay_s, name, lambda: self._arrive(source, target, number, deliver))
 
-    def _arrive(
-        self, source: str, target: str, number: int, deliver: Callable[[], None]
-    ) -> None:
+    def _arrive(self, source: str, target: str, number: int, deliver: Callable[[], None]) -> None:
         newest = self._newest.get((source, target), 0)
         if number < newest:
             self.scheduler.fault("reorder")

@@ -22,6 +22,7 @@ from client.hospital import Hospital
 from common.errors import ConsiliumError
 from common.flower import unpack
 from common.flower_tasks import NODE_UNAVAILABLE
+from common.secagg import kind_of
 from common.wire import (
     AggregateReply,
     AggregateStep,
@@ -45,8 +46,8 @@ Reply = TypeVar("Reply")
 TIMEOUT_S = 60.0
 _LONGEST_DOWN_S = 120.0
 _AWAY_ODDS = 0.5
-_DOMAIN_ERRORS = {one.__name__ for one in (ConsiliumError, *ConsiliumError.__subclasses__())}
-_KINDS: dict[str, tuple[type, type]] = {
+_DOMAIN_ERRORS = tuple(f"failed ({one.__name__})" for one in ConsiliumError.__subclasses__())
+_KINDS: dict[str, tuple[type[Any], type[Any]]] = {
     "query.hello": (Hello, HelloReply),
     "query.statistics": (StatisticsTask, StatisticsReply),
     "train": (TrainTask, TrainReply),
@@ -156,7 +157,7 @@ class FaultyLink:
         except ConsiliumError as error:
             world.scheduler.note(f"  {name} refuses: {str(error)[:90]}")
             reply = None
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding
+        except Exception as error:
             world.observer.fails(name, repr(error))
             return
         if reply is not None:
@@ -168,7 +169,7 @@ class FaultyLink:
             if reply is not None:
                 self._inbox.append(reply)
 
-        what = type(reply).__name__ if reply is not None else "refusal"
+        what = "refusal" if reply is None else _answered(reply)
         world.network.send(name, "coordinator", what, arrive)
 
 
@@ -225,18 +226,16 @@ class FaultyGrid(InProcessGrid):
         reply = self._app(message, _context(message.metadata.dst_node_id))
         what = "refusal"
         if reply.has_error():
-            reason = reply.error.reason
-            if "failed (" in reason and reason.split("(")[1].split(")")[0] not in _DOMAIN_ERRORS:
+            reason = str(reply.error.reason)
+            if reason.startswith("failed (") and not reason.startswith(_DOMAIN_ERRORS):
                 world.observer.fails(name, reason)
         else:
-            kind = _KINDS[message.metadata.message_type][1]
-            what = kind.__name__
-            world.observer.leaves(name, task, unpack(kind, reply.content))
+            told = unpack(_KINDS[message.metadata.message_type][1], reply.content)
+            what = _answered(told)
+            world.observer.leaves(name, task, told)
         hospital.point("reply not yet sent")
         number = message.metadata.message_id
-        world.network.send(
-            name, "coordinator", what, lambda: self._arrived.update({number: reply})
-        )
+        world.network.send(name, "coordinator", what, lambda: self._arrived.update({number: reply}))
 
     def _opened(self, context: Context, _: str) -> AbstractContextManager[Hospital]:
         return self._world.hospitals[self.names[context.node_id]].opened()
@@ -244,7 +243,17 @@ class FaultyGrid(InProcessGrid):
 
 def _described(action: str, task: Any) -> str:
     place = [str(getattr(task, one)) for one in ("stage", "round", "attempt") if hasattr(task, one)]
-    return " ".join([action, *place])
+    return " ".join([action, *place, *_protocol(task)])
+
+
+def _answered(reply: Any) -> str:
+    return " ".join([type(reply).__name__, *_protocol(reply)])
+
+
+def _protocol(message: Any) -> list[str]:
+    """Which message of a secure sum it carries."""
+    inner = getattr(message, "message", None)
+    return [] if inner is None else [kind_of(inner).name]
 
 
 def _context(node: int) -> Context:

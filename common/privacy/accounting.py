@@ -90,9 +90,7 @@ def library_epsilon(events: Iterable[Event], *, delta: float, relation: Relation
 
 
 @lru_cache(maxsize=256)
-def _library_epsilon(
-    events: tuple[GaussianEvent, ...], delta: float, relation: Relation
-) -> float:
+def _library_epsilon(events: tuple[GaussianEvent, ...], delta: float, relation: Relation) -> float:
     import dp_accounting  # noqa: PLC0415 (a second to load, and only statements need it)
 
     neighbours = {
