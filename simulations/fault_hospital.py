@@ -178,6 +178,30 @@ class MortalSessions:
         self.inner.forget(stage, round_number)
 
 
+@dataclass(frozen=True, eq=False)
+class RememberedIdentity(PublicIdentity):
+    """A public key that remembers what it has verified: all hospitals here share one process.
+
+    A deployment's hospitals verify the same signatures each for themselves, several times over.
+    """
+
+    _sound: set[tuple[bytes, bytes, str]] = field(default_factory=set, repr=False)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal to any public identity of this key."""
+        return isinstance(other, PublicIdentity) and self.key == other.key
+
+    def __hash__(self) -> int:
+        """Of the key."""
+        return hash(self.key)
+
+    def verify(self, message: bytes, signature: bytes, *, purpose: str) -> None:
+        """See ``PublicIdentity``."""
+        if (message, signature, purpose) not in self._sound:
+            super().verify(message, signature, purpose=purpose)
+            self._sound.add((message, signature, purpose))
+
+
 @dataclass
 class SimulatedHospital:
     """One hospital: its disk, its patients, and whether its process runs.
@@ -292,13 +316,13 @@ class Templates:
     path: Path
     _patients: dict[tuple[str, str], tuple[Table, Table]] = field(default_factory=dict)
 
-    def disk(self, number: int, target: Path) -> PublicIdentity:
+    def disk(self, number: int, target: Path) -> RememberedIdentity:
         """Hospital ``number``'s new disk at ``target``; its public key."""
         made = self.path / f"safe-{number}"
         if not made.exists():
             make_safe(made)
         shutil.copytree(made, target)
-        return SafeFolder(target).public()
+        return RememberedIdentity(SafeFolder(target).public().key)
 
     def patients(self, study: Study, name: str) -> tuple[Table, Table]:
         """Hospital ``name``'s patients for training and for testing, one random record each."""

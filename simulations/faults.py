@@ -172,7 +172,7 @@ class Simulator:
         world = World(scheduler, observer, hospitals)
         if is_whole:
             return world, WholeStudy(world, study, place / "run")
-        first = scheduler.rng.choices(range(len(_QUESTIONS)), (3, 1, 1))[0]
+        first = scheduler.rng.choices(range(len(_QUESTIONS)), (5, 1, 1))[0]
         last = first + scheduler.rng.choice((1, 1, 1, 2))
         return world, Questions(world, study, _QUESTIONS[first:last])
 

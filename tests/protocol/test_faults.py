@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from common.secagg.server import ServerSession
 from server import aggregate, panel
 from server.panel import Panel, fresh_attempts
 from server.store import RunFolder
+from simulations.cli import main
 from simulations.fault_scheduler import Odds, Scheduler
-from simulations.faults import SeedResult, Simulator, run_seeds, simulator
+from simulations.faults import SeedResult, Simulator, render, run_seeds, simulator
 
 SEEDS = int(os.environ.get("CONSILIUM_FAULT_SEEDS", "10000"))
 ROOT = Path(__file__).parents[2]
@@ -112,7 +114,7 @@ def test_numbers_of_attempts_outlive_the_coordinator(tmp_path: Path) -> None:
     assert RunFolder(tmp_path).next_attempt("distill", 3) == 0
 
 
-@pytest.mark.parametrize("seed", [12, 15, 400])
+@pytest.mark.parametrize("seed", [15, 16, 500])
 def test_a_sum_that_was_interrupted_before_anything_left_can_be_resumed(
     faulty: Simulator, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
@@ -124,6 +126,29 @@ def test_a_sum_that_was_interrupted_before_anything_left_can_be_resumed(
 
     monkeypatch.setattr(panel, "secure_sum", secure_sum)
     assert "no end although faults have stopped" in str(faulty.run(seed).violation)
+
+
+# What a person sees
+
+
+def test_a_finding_is_told_with_all_its_events_and_how_to_repeat_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(LedgerGuard, "release", uncharged)
+    totals = run_seeds(range(100, 101), whole=True)
+    text = render(totals)
+    assert "VIOLATION at seed 100" in text
+    assert "hospital-1 -> coordinator: HelloReply" in text
+    assert "again: consilium faults --seeds 1 --seed 100" in text
+    monkeypatch.setattr(sys, "argv", ["consilium", "faults", "--seeds", "1", "--json"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    (found,) = json.loads(capsys.readouterr().out)["violations"]
+    assert found["seed"] == 1
+    assert "can be read, its ledger charges 0" in found["trace"][-1]
+    monkeypatch.undo()
+    assert render(run_seeds(range(1, 3), keep_traces=True)).count("\nseed ") == 2
 
 
 # Broken parts
