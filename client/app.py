@@ -51,7 +51,7 @@ def build_client_app(hospital_of: OpenHospital, *, debug: bool = False) -> Clien
                 if debug:
                     raise
                 _logger.warning("%s: %s", message.metadata.message_type, _logged(error))
-                return Message(_told(error), reply_to=message)
+                return Message(failure(error), reply_to=message)
             return Message(pack(reply), reply_to=message)
 
         return handle
@@ -90,7 +90,7 @@ def _logged(error: Exception) -> str:
     return str(error) if isinstance(error, RefusalError) else type(error).__name__
 
 
-def _told(error: Exception) -> Error:
+def failure(error: Exception) -> Error:
     """What the coordinator may know of a failure: the rule that refused, or that there was one.
 
     Messages of errors can hold counts, cohort sizes or cells of patients' rows.

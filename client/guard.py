@@ -105,6 +105,13 @@ class MemoryGuard:
 
     def release(self, asked: Release, compute: Callable[[Stream], Tensor]) -> Tensor:
         """Computed anew each time: the same request draws the same noise, so the same bytes."""
+        return compute(self.charge(asked))
+
+    def charge(self, asked: Release) -> Stream:
+        """Charge ``asked``; the noise under which alone it may now be computed and leave.
+
+        For a simulation that computes many hospitals' releases together.
+        """
         key = (asked.study_digest, asked.pool, request_digest(asked.request, asked.rows))
         if key in self._charged and asked.once:
             raise _answered(asked)
@@ -117,7 +124,7 @@ class MemoryGuard:
             ]
             refuse_beyond_study(spent, asked)
             self._charged[key] = asked.events
-        return compute(noise_stream(self.noise, asked, key[2]))
+        return noise_stream(self.noise, asked, key[2])
 
 
 @dataclass(frozen=True)
@@ -237,12 +244,13 @@ def noise_stream(noise: NoiseSource, asked: Release, request: str, attempt: int 
     """The noise of one release.
 
     Secret noise is bound to all that the release depends on: ``request`` digests its very rows, so
-    that no two answers ever share noise. Test noise protects nobody and is bound to the public
-    request alone, so that a simulation and a deployment of the same study draw alike.
+    that no two answers ever share noise. Test noise protects nobody and is bound to the place of
+    the release in its study alone: runs that differ in rounding only, as a simulation's and a
+    deployment's do, or those of two engines, draw alike in every round.
     """
     if noise.is_secret:
         return noise.stream(asked.stage, asked.round, request, attempt)
-    return noise.stream(asked.stage, asked.round, asked.request)
+    return noise.stream(asked.study_digest, asked.stage, asked.round)
 
 
 def refuse_beyond_study(spent: Sequence[GaussianEvent], asked: Release) -> None:

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from client.approvals import approved_study, laid_out_study
@@ -19,9 +18,7 @@ from client.guard import Guard, LedgerGuard, MemoryGuard
 from client.hospitalfile import PAUSED, load_hospital_file
 from client.safe import Safe, open_safe
 from common.errors import DataError, RefusalError
-from common.features import FeatureMap
 from common.identity import PublicIdentity
-from common.learning.records import Records
 from common.privacy.units import PrivacyUnit
 from common.randomness import NoiseSource, SecretNoise, SeededNoise
 from common.secagg import AggregationPolicy
@@ -56,17 +53,6 @@ class Hospital:
         )
         keep = np.array([patient in allowed for patient in table.patients], dtype=bool)
         return table if keep.all() else table.take(np.flatnonzero(keep))
-
-
-def records_of(table: Table, features: FeatureMap, unit: PrivacyUnit) -> Records:
-    """Records by privacy unit, labels as targets."""
-    owners, units = units_of(table, unit)
-    return Records(
-        inputs=features.encode(table),
-        targets=torch.from_numpy(table.labels),
-        owners=torch.from_numpy(owners),
-        units=units,
-    )
 
 
 @contextmanager
@@ -132,7 +118,7 @@ def split_patients(
     The split depends on the study's seed and the hospital's name alone, so every run and every arm
     of a comparison sees the same one.
     """
-    patients, owners = _owners(table)
+    patients, owners = table.by_patient
     label = np.zeros(len(patients), dtype=np.int64)
     np.maximum.at(label, owners, table.labels)
     if len(patients) < evaluation.folds:
@@ -156,31 +142,13 @@ def units_of(table: Table, unit: PrivacyUnit) -> tuple[NDArray[np.int64], int]:
     Raises DataError when record-level privacy is asked for patients with several records: k
     records of one patient would then be protected k times less than promised.
     """
-    patients, owners = _owners(table)
+    patients, owners = table.by_patient
     if unit is PrivacyUnit.RECORD and len(patients) < len(table):
         raise DataError(
             f"unit = 'record' needs one record per patient, found {len(table)} records of "
             f"{len(patients)} patients; set unit = 'patient'"
         )
     return owners, len(patients)
-
-
-def _owners(table: Table) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """The patients in the order of their first row, and each row's patient."""
-    index: dict[str, int] = {}
-    owners = np.array([index.setdefault(one, len(index)) for one in table.patients], np.int64)
-    return np.array(list(index), dtype=object), owners
-
-
-def rows_digest(table: Table) -> str:
-    """SHA-256 over all rows; only ever mixed into a keyed derivation, never sent."""
-    running = hashlib.sha256()
-    running.update(f"{len(table)}|".encode())
-    for name in sorted(table.values):
-        running.update(np.ascontiguousarray(table.values[name]).tobytes())
-    running.update(table.labels.tobytes())
-    running.update(_owners(table)[1].tobytes())
-    return running.hexdigest()
 
 
 @lru_cache(maxsize=8)

@@ -6,37 +6,22 @@ import torch
 from torch import Tensor
 
 from client.guard import Release, request_digest
-from client.hospital import Hospital, records_of, rows_digest, units_of
+from client.hospital import Hospital, units_of
+from client.training import Assignment, charge_of, features_of, load_student, read_assignment
 from common.errors import RefusalError
-from common.features import FeatureMap, moment_contributions, scaling_from_tensor
-from common.learning import loop
+from common.features import FeatureMap, moment_contributions
 from common.learning.evaluate import answer
-from common.learning.gradients import (
-    Loss,
-    choose_engine,
-    plain_gradient,
-    private_gradient,
-)
-from common.learning.loop import Gradient
 from common.learning.metrics import score_histogram
-from common.learning.records import Records
-from common.models import Student, Teacher, build_student, build_teacher
-from common.privacy.budget import (
-    Charge,
-    budget_of,
-    evaluation_budget_of,
-    evaluation_charge,
-    stage_charge,
-)
+from common.models import Student
+from common.privacy.budget import Charge, budget_of, evaluation_budget_of, evaluation_charge
 from common.privacy.plan import StepPlan, combine_records
 from common.privacy.units import Trust
 from common.randomness import Stream
-from common.study import OptimiserSpec, Study
+from common.study import Study
 from common.tables import Table
 from common.tasks import task_named
-from common.tensors import digest_tensors, get_vector
+from common.tensors import digest_tensors
 from common.wire import (
-    AggregateTask,
     EvaluateReply,
     EvaluateTask,
     Hello,
@@ -64,7 +49,7 @@ def hello(hospital: Hospital, task: Hello) -> HelloReply:
 def statistics(hospital: Hospital, task: StatisticsTask) -> StatisticsReply:
     """One noised sum of bounded moments per numeric column, charged to the training patients."""
     check_same_study(hospital, task.study_digest)
-    charge = charge_of(hospital, "statistics", 0)
+    charge = charge_of(hospital.study, "statistics", 0)
     _check_leaves_alone(hospital.study)
     table = hospital.admitted(hospital.train, 0)
     _, units = units_of(table, hospital.study.privacy.unit)
@@ -80,32 +65,27 @@ def statistics(hospital: Hospital, task: StatisticsTask) -> StatisticsReply:
 
 def train(hospital: Hospital, task: TrainTask) -> TrainReply:
     """One round of local steps; the reply holds only how noised gradients moved the weights."""
-    study = hospital.study
     check_same_study(hospital, task.study_digest)
-    if task.stage not in ("finetune", "distill"):
-        raise RefusalError(f"refused: the study has no charged stage {task.stage!r} of training")
-    charge = charge_of(hospital, task.stage, task.round)
-    _check_leaves_alone(study)
+    assignment = training_round(hospital.study, task)
     table = hospital.admitted(hospital.train, task.round)
-    model, loss, records = learning_task(hospital, task, table)
-    start = get_vector(model)
+    records = assignment.records(table)
+    asked = training_release(hospital, assignment, table, records.units, training_request(task))
+    update = hospital.guard.release(
+        asked, lambda stream: assignment.update(records, hospital.declared_patients, stream)
+    )
+    return TrainReply(hospital=hospital.name, stage=task.stage, round=task.round, update=update)
 
-    def compute(stream: Stream) -> Tensor:
-        final = _local_steps(
-            model,
-            loss,
-            records,
-            charge,
-            optimiser_of(study, task.stage),
-            start,
-            round_number=task.round,
-            declared=hospital.declared_patients,
-            stream=stream,
-            proximal_mu=study.federation.proximal_mu,
-        )
-        return final - start
 
-    request = request_digest(
+def training_round(study: Study, task: TrainTask) -> Assignment:
+    """What ``task`` asks of every hospital; refused where only sums may be read."""
+    assignment = read_assignment(study, task)
+    _check_leaves_alone(study)
+    return assignment
+
+
+def training_request(task: TrainTask) -> str:
+    """Digest of all that a round's releases depend on, their rows excepted."""
+    return request_digest(
         "train",
         task.study_digest,
         task.stage,
@@ -115,39 +95,15 @@ def train(hospital: Hospital, task: TrainTask) -> TrainReply:
         digest_tensors(task.student),
         digest_tensors({"scaling": task.scaling}),
     )
-    asked = release_of(
-        hospital, charge, table, records.units, round_number=task.round, request=request
+
+
+def training_release(
+    hospital: Hospital, assignment: Assignment, table: Table, units: int, request: str
+) -> Release:
+    """The facts on which the hospital's guard decides whether its update may leave."""
+    return release_of(
+        hospital, assignment.charge, table, units, round_number=assignment.round, request=request
     )
-    update = hospital.guard.release(asked, compute)
-    return TrainReply(hospital=hospital.name, stage=task.stage, round=task.round, update=update)
-
-
-def learning_task(
-    hospital: Hospital, task: TrainTask | AggregateTask, table: Table
-) -> tuple[Teacher | Student, Loss, Records]:
-    """The model that learns in this stage, its loss, and the records with their targets."""
-    study = hospital.study
-    features = features_of(study, task.scaling)
-    records = records_of(table, features, study.privacy.unit)
-    model = learner(study, features, task)
-    if task.stage == "finetune":
-        return model, task_named(study.task).loss, records
-    records, loss = taught_records(study, load_teacher(study, features, task.teacher), records)
-    return model, loss, records
-
-
-def learner(
-    study: Study, features: FeatureMap, task: TrainTask | AggregateTask
-) -> Teacher | Student:
-    """The model that learns in this stage, as it was sent: the teacher, then the student."""
-    if task.stage == "finetune":
-        return freeze_for_finetune(study, load_teacher(study, features, task.teacher))
-    return load_student(study, features, task.student)
-
-
-def optimiser_of(study: Study, stage: str) -> OptimiserSpec:
-    """The optimiser of a stage on patients."""
-    return study.finetune.optimiser if stage == "finetune" else study.distill.optimiser
 
 
 def evaluate(hospital: Hospital, task: EvaluateTask) -> EvaluateReply:
@@ -202,87 +158,6 @@ def _noised_sum(plan: StepPlan, each: Tensor, stream: Stream) -> Tensor:
     return plan.noised(plan.clipped_sum(each), stream) if plan.private else each.sum(dim=0)
 
 
-def features_of(study: Study, scaling: Tensor) -> FeatureMap:
-    """The study's inputs under the ``scaling`` that was sent; raises MessageError on another."""
-    return FeatureMap(study.dictionary, scaling_from_tensor(study.dictionary, scaling))
-
-
-def load_teacher(study: Study, features: FeatureMap, tensors: dict[str, Tensor]) -> Teacher:
-    """The teacher with these weights."""
-    teacher = build_teacher(study, features)
-    teacher.load_state_dict(tensors, strict=True)
-    return teacher
-
-
-def load_student(study: Study, features: FeatureMap, tensors: dict[str, Tensor]) -> Student:
-    """The student with these weights."""
-    student = build_student(study, features)
-    student.load_state_dict(tensors, strict=True)
-    return student
-
-
-def freeze_for_finetune(study: Study, teacher: Teacher) -> Teacher:
-    """Only what the study trains keeps learning."""
-    teacher.encoder.requires_grad_(study.finetune.trainable == "all")
-    return teacher
-
-
-def taught_records(study: Study, teacher: Teacher, records: Records) -> tuple[Records, Loss]:
-    """The same records with the teacher's answers as targets, and the distillation loss."""
-    task, temperature = task_named(study.task), study.distill.temperature
-    taught = Records(records.inputs, answer(teacher, records.inputs), records.owners, records.units)
-
-    def loss(answers: Tensor, targets: Tensor) -> Tensor:
-        return task.distill_loss(answers, targets, temperature)
-
-    return taught, loss
-
-
-def _local_steps(
-    model: Teacher | Student,
-    loss: Loss,
-    records: Records,
-    charge: Charge,
-    spec: OptimiserSpec,
-    start: Tensor,
-    *,
-    round_number: int,
-    declared: int,
-    stream: Stream,
-    proximal_mu: float,
-) -> Tensor:
-    """The weights after this round's local steps."""
-    expected_units = declared * charge.plan.sampling_rate
-    gradient: Gradient
-    if charge.plan.private:
-        gradient = private_gradient(
-            choose_engine(model, loss, records),
-            records,
-            charge.plan,
-            expected_units=expected_units,
-            stream=stream,
-        )
-    else:
-        gradient = plain_gradient(
-            model, loss, records, charge.plan, expected_units=expected_units, stream=stream
-        )
-    if proximal_mu:
-        # FedProx (Li et al. 2020, eq. 2): + μ/2 ‖w − w₀‖², which no patient enters.
-        inner = gradient
-
-        def gradient(weights: Tensor) -> Tensor:
-            return inner(weights) + proximal_mu * (weights - start)
-
-    return loop.run(
-        start,
-        gradient,
-        spec,
-        steps=charge.steps_per_round,
-        first_step=round_number * charge.steps_per_round,
-        total_steps=charge.rounds * charge.steps_per_round,
-    )
-
-
 def _check_leaves_alone(study: Study) -> None:
     """Refuse to answer alone where only sums may be read."""
     if study.privacy.trust is Trust.DISTRIBUTED:
@@ -301,19 +176,6 @@ def check_same_study(hospital: Hospital, digest: str) -> None:
         )
 
 
-def charge_of(hospital: Hospital, stage: str, round_number: int) -> Charge:
-    """The stage's charge from the hospital's own copy of the study; σ is never taken on trust."""
-    try:
-        charge = stage_charge(hospital.study, stage)
-    except KeyError:
-        raise RefusalError(f"refused: the study has no charged stage {stage!r}") from None
-    if not 0 <= round_number < charge.rounds:
-        raise RefusalError(
-            f"refused: {stage} has rounds 0 to {charge.rounds - 1}, found round {round_number}"
-        )
-    return charge
-
-
 def release_of(
     hospital: Hospital, charge: Charge, table: Table, units: int, *, round_number: int, request: str
 ) -> Release:
@@ -330,14 +192,14 @@ def release_of(
         stage=charge.stage,
         round=round_number,
         request=request,
-        rows=rows_digest(table),
+        rows=table.digest,
         pool="test" if testing else "train",
         trust=study.privacy.trust.value,
         unit=study.privacy.unit,
         relation=study.privacy.relation,
         records_per_patient=plan.records_per_unit,
         events=charge.events(1),
-        patients=tuple(dict.fromkeys(table.patients)),
+        patients=tuple(table.by_patient[0]),
         # The round fails below the study's minimum, so that many others take part.
         peers=study.federation.minimum_hospitals - 1,
         epsilon=budget.epsilon,

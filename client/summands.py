@@ -15,15 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from client.hospital import Hospital
-from client.rounds import (
-    charge_of,
-    features_of,
-    learner,
-    learning_task,
-    load_student,
-    moments_by_unit,
-    scores_by_unit,
-)
+from client.rounds import moments_by_unit, scores_by_unit
+from client.training import charge_of, features_of, load_student, read_assignment
 from common.errors import RefusalError
 from common.features import moment_count
 from common.learning.gradients import PerRecordGradients
@@ -33,7 +26,6 @@ from common.privacy.plan import combine_records
 from common.randomness import Stream
 from common.secagg.encoding import Encoding
 from common.tables import Table
-from common.tensors import get_vector
 from common.wire import AggregateTask
 
 Integers = NDArray[np.int64]
@@ -71,7 +63,7 @@ def summand_of(hospital: Hospital, task: AggregateTask) -> Summand:
     }
     if task.stage not in kinds:
         raise RefusalError(f"refused: no secure sum is made of stage {task.stage!r}")
-    return kinds[task.stage](hospital, task, charge_of(hospital, task.stage, task.round))
+    return kinds[task.stage](hospital, task, charge_of(hospital.study, task.stage, task.round))
 
 
 def _moments(hospital: Hospital, task: AggregateTask, charge: Charge) -> Summand:
@@ -86,13 +78,13 @@ def _moments(hospital: Hospital, task: AggregateTask, charge: Charge) -> Summand
 
 def _step(hospital: Hospital, task: AggregateTask, charge: Charge) -> Summand:
     """The clipped gradients of one step at the weights that were sent."""
-    plan, features = charge.plan, features_of(hospital.study, task.scaling)
-    weights = get_vector(learner(hospital.study, features, task))
+    assignment, plan = read_assignment(hospital.study, task), charge.plan
+    weights = assignment.start
     length = weights.numel()
 
     def integers(table: Table, encoding: Encoding, stream: Stream) -> Integers:
-        model, loss, records = learning_task(hospital, task, table)
-        each = PerRecordGradients(model, loss)
+        records = assignment.records(table)
+        each = PerRecordGradients(assignment.model, assignment.loss)
         units = plan.sample(stream, records.units)
         total = np.zeros(length, dtype=np.int64)
         at_once = max(1, _CHUNK_NUMBERS // (length * plan.records_per_unit))

@@ -16,16 +16,20 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
 _KEY_BYTES = 32
+_ZEROS = memoryview(bytes(2**18))  # a keystream is what these are encrypted to
+_BLOCK = 2**14  # normals made at once: 128 KiB of each intermediate result
 
 
 class Stream:
@@ -39,20 +43,78 @@ class Stream:
 
     def words(self, count: int) -> NDArray[np.uint64]:
         """``count`` words of 64 random bits."""
-        return np.frombuffer(self._keystream.update(bytes(8 * count)), dtype="<u8")
+        made = np.empty(count, dtype="<u8")
+        self.fill(made)
+        return made
+
+    def fill(self, words: NDArray[np.uint64]) -> None:
+        """Write random bits into all of ``words`` [n], which lie together in memory."""
+        room = words.data.cast("B")
+        for start in range(0, len(room), len(_ZEROS)):
+            part = room[start : start + len(_ZEROS)]
+            self._keystream.update_into(_ZEROS[: len(part)], part)
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """``count`` uniforms in [0, 1) with 53 random bits each."""
-        return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return uniforms([self], [count])
 
     def normal(self, count: int) -> NDArray[np.float64]:
         """``count`` independent standard normals (Box & Muller 1958)."""
-        pairs = (count + 1) // 2
-        uniforms = self.uniform(2 * pairs)
-        # 1 - u is in (0, 1], where the logarithm is finite.
-        radius = np.sqrt(-2.0 * np.log1p(-uniforms[:pairs]))
-        angle = (2.0 * math.pi) * uniforms[pairs:]
-        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+        return normals([self], count).reshape(count)
+
+
+def uniforms(streams: Sequence[Stream], counts: Sequence[int]) -> NDArray[np.float64]:
+    """What ``uniform(count)`` gives of each of ``streams``, one after another: [Σ counts]."""
+    words = [one.words(count) for one, count in zip(streams, counts, strict=True)]
+    return _uniform(np.concatenate(words))
+
+
+def normals(streams: Sequence[Stream], count: int) -> NDArray[np.float64]:
+    """What ``normal(count)`` gives of each of ``streams``: [streams, count]."""
+    made = np.empty((len(streams), count))
+    for rows, columns, block in normal_blocks(streams, count):
+        made[rows, columns] = block
+    return made
+
+
+def normal_blocks(
+    streams: Sequence[Stream], count: int
+) -> Iterator[tuple[slice, slice, NDArray[np.float64]]]:
+    """The same block by block, with the place of each; a block's memory is used again.
+
+    Blocks stay in the processor's cache, and sine and cosine are torch's vectorised ones: 7 ns a
+    draw, where one pass over arrays in memory took 23 to 40.
+    """
+    width = min(count, _BLOCK)
+    together = max(1, _BLOCK // max(1, width))
+    room = np.empty((together, width + width % 2))
+    words = np.empty(room.shape, dtype="<u8")
+    for first in range(0, len(streams), together):
+        some = streams[first : first + together]
+        for start in range(0, count, _BLOCK):
+            columns = slice(start, min(start + _BLOCK, count))
+            pairs = (columns.stop - start + 1) // 2
+            block, bits = room[: len(some), : 2 * pairs], words[: len(some), : 2 * pairs]
+            for one, own in zip(some, bits, strict=True):
+                one.fill(own)
+            _box_muller(bits, block)
+            yield slice(first, first + len(some)), columns, block[:, : columns.stop - start]
+
+
+def _box_muller(words: NDArray[np.uint64], into: NDArray[np.float64]) -> None:
+    """Fill ``into`` [k, 2 n] with normals made from ``words`` [k, 2 n]."""
+    pairs = words.shape[1] // 2
+    # 1 - u is exact, and in (0, 1], where the logarithm is finite.
+    radius = np.log(np.subtract(1.0, _uniform(words[:, :pairs])))
+    np.sqrt(np.multiply(radius, -2.0, out=radius), out=radius)
+    angle = torch.from_numpy(_uniform(words[:, pairs:])).mul_(2.0 * math.pi)
+    np.multiply(radius, torch.cos(angle).numpy(), out=into[:, :pairs])
+    np.multiply(radius, torch.sin_(angle).numpy(), out=into[:, pairs:])
+
+
+def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    made = (words >> np.uint64(11)).astype(np.float64)
+    return np.multiply(made, 2.0**-53, out=made)
 
 
 class NoiseSource(Protocol):

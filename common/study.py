@@ -400,11 +400,10 @@ class Study(Strict):
 
     def digest(self) -> str:
         """SHA-256 of what binds the parties: the study without its simulation section."""
-        return self._fingerprint
+        return self._own_digest
 
     @cached_property
-    def _fingerprint(self) -> str:
-        """Worked out once: every message of a run is compared with it."""
+    def _own_digest(self) -> str:
         return _digest(self.model_dump(mode="json", exclude={"simulation"}))
 
     def revised(self, **changes: Any) -> Study:

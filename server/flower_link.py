@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, TypeVar
@@ -150,45 +150,57 @@ class GridLink:
     def _exchange(
         self, action: str, contents: Mapping[int, RecordDict], kind: type[Reply], timeout_s: float
     ) -> Iterator[tuple[int, Reply]]:
-        waiting = [_Waiting(node, content, self._timer.now()) for node, content in contents.items()]
-        self._send(action, waiting)
+        waiting = {
+            node: _Waiting(node, content, self._timer.now()) for node, content in contents.items()
+        }
+        owner: dict[str, _Waiting] = {}
+        self._send(action, waiting.values(), owner)
         deadline, check = (
             self._timer.monotonic() + timeout_s,
             self._timer.monotonic() + _RESEND_CHECK_S,
         )
         pause_s = _POLL_S
         while waiting and self._timer.monotonic() < deadline:
-            for one, message in (arrived := self._arrived(waiting)):
+            arrived = self._arrived(owner)
+            for message in arrived:
+                answered = message.metadata.reply_to_message_id
+                one = owner.pop(answered, None)
+                if one is None:  # the other reply to a message sent twice came just before
+                    continue
                 if self._is_away(message):
-                    one.ids.discard(message.metadata.reply_to_message_id)
+                    one.ids.discard(answered)
                     one.away_until = one.away_until or self._timer.monotonic() + _RETURN_S
-                elif one in waiting:  # a message sent twice may be answered twice
-                    waiting.remove(one)
+                elif waiting.pop(one.node, None):
+                    for other in one.ids:
+                        owner.pop(other, None)
                     reply = self._read(one.node, message, kind)
                     if reply is not None:
                         yield one.node, reply
             pause_s = _POLL_S if arrived else min(pause_s * 1.5, _LONGEST_POLL_S)
             if not arrived:
                 self._timer.sleep(pause_s)
+            if self._enrolled is None:
+                continue
             if self._timer.monotonic() > check:
-                self._send_again(action, waiting)
+                self._send_again(action, waiting.values(), owner)
                 check = self._timer.monotonic() + _RESEND_CHECK_S
-            waiting = [one for one in waiting if not self._is_given_up(action, one)]
+            for one in [one for one in waiting.values() if self._is_given_up(action, one)]:
+                del waiting[one.node]
         if waiting:
-            nodes = ", ".join(self._called(one.node) for one in waiting)
+            nodes = ", ".join(self._called(node) for node in waiting)
             _logger.warning("%s: no answer in time from %s", action, nodes)
 
-    def _arrived(self, waiting: list[_Waiting]) -> list[tuple[_Waiting, Message]]:
+    def _arrived(self, owner: Mapping[str, _Waiting]) -> list[Message]:
         """Some replies that are there; few at a time, since each may hold a whole model."""
-        owner = {one_id: one for one in waiting for one_id in one.ids}
+        if self._enrolled is None:
+            return list(self._grid.pull_messages(owner.keys()))  # one at a time, by its nature
         ids = list(owner)
-        at_once = len(ids) if self._enrolled is None else _PULLED_AT_ONCE
-        for start in range(0, len(ids), at_once):
-            if found := list(self._grid.pull_messages(ids[start : start + at_once])):
-                return [(owner[one.metadata.reply_to_message_id], one) for one in found]
+        for start in range(0, len(ids), _PULLED_AT_ONCE):
+            if found := list(self._grid.pull_messages(ids[start : start + _PULLED_AT_ONCE])):
+                return found
         return []
 
-    def _send(self, action: str, waiting: list[_Waiting]) -> None:
+    def _send(self, action: str, waiting: Collection[_Waiting], owner: dict[str, _Waiting]) -> None:
         messages = [
             Message(content=one.content, dst_node_id=one.node, message_type=_MESSAGE_TYPES[action])
             for one in waiting
@@ -197,14 +209,16 @@ class GridLink:
             one.sent_at = self._timer.now()
             if one_id:  # Flower gives none for a message it did not take
                 one.ids.add(one_id)
+                owner[one_id] = one
 
-    def _send_again(self, action: str, waiting: list[_Waiting]) -> None:
+    def _send_again(
+        self, action: str, waiting: Collection[_Waiting], owner: dict[str, _Waiting]
+    ) -> None:
         """What a hospital's software lost by starting anew is sent again.
 
         That is safe: a hospital answers a repeated request from its store, or refuses it.
         """
-        if self._enrolled is None:
-            return
+        assert self._enrolled is not None  # noqa: S101  (a simulation's hospitals stay)
         since = self._enrolled.activations()
         lost = [
             one for one in waiting if one.node in since and since[one.node] > one.sent_at + _SLACK
@@ -213,7 +227,7 @@ class GridLink:
             one.away_until = None
         if lost:
             _logger.info("%s: sent again to %d hospitals that started anew", action, len(lost))
-            self._send(action, lost)
+            self._send(action, lost, owner)
 
     def _is_away(self, message: Message) -> bool:
         """Whether this is no answer, but the SuperLink's word that the hospital is away."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from client.hospital import Hospital
-from client.rounds import load_student, load_teacher
+from client.training import load_student, load_teacher
 from common.features import FeatureMap, Scaling
 from common.learning.evaluate import answer
 from common.learning.metrics import Floats, accuracy, auc

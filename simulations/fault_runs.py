@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from client.rounds import learner
+from client.training import read_assignment
 from common.errors import RunError
 from common.features import FeatureMap, range_scaling, scaling_from_tensor, scaling_tensor
 from common.models import build_student, build_teacher
@@ -145,6 +145,10 @@ def to_its_end(world: World, run: Callable[[], None]) -> str:
             if scheduler.is_calm:
                 _check_refusal(world, str(error))
                 return "refused"
+        except Exception as error:
+            if isinstance(error, ViolationError):
+                raise
+            raise ViolationError(f"the coordinator failed unexpectedly: {error!r}") from error
         else:
             return "finished"
         if not scheduler.is_calm:
@@ -263,10 +267,7 @@ class MortalRun(RunFolder):
     def save_round(self, stage: str, number: int, weights: Tensor) -> None:
         """See ``RunFolder``; the model must have moved by what the hospitals released."""
         task = self.world.observer.asked[stage, number - 1]
-        features = FeatureMap(
-            self.study.dictionary, scaling_from_tensor(self.study.dictionary, task.scaling)
-        )
-        moved = weights - get_vector(learner(self.study, features, task))
+        moved = weights - read_assignment(self.study, task).start
         self.world.observer.believes((stage, number - 1), moved, None, "update")
         super().save_round(stage, number, weights)
         self._point("round saved")

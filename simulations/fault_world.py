@@ -9,6 +9,7 @@ deployment's own link and the hospitals' own app above it.
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -45,7 +46,9 @@ Reply = TypeVar("Reply")
 
 TIMEOUT_S = 60.0
 _LONGEST_DOWN_S = 120.0
-_AWAY_ODDS = 0.5
+_FETCHED_S = 4.0
+# What becomes of a message to a hospital that is down: an answer in its stead, a wait, or nothing.
+_AWAY_ODDS, _HELD_ODDS = 0.4, 0.4
 _DOMAIN_ERRORS = tuple(f"failed ({one.__name__})" for one in ConsiliumError.__subclasses__())
 _KINDS: dict[str, tuple[type[Any], type[Any]]] = {
     "query.hello": (Hello, HelloReply),
@@ -65,6 +68,7 @@ class World:
     observer: Observer
     hospitals: dict[str, SimulatedHospital]
     network: Network = field(init=False)
+    held: dict[str, list[Callable[[], None]]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
         """Lay the wires."""
@@ -99,6 +103,12 @@ class World:
         if not hospital.is_up:
             self.scheduler.faults["restart"] += 1
             hospital.starts()
+            for deliver in self.held.pop(hospital.name, ()):
+                self.scheduler.after(
+                    self.scheduler.rng.uniform(0.0, _FETCHED_S),
+                    f"{hospital.name} fetches a message that was held for it",
+                    deliver,
+                )
 
     def close(self) -> None:
         """End every process."""
@@ -214,9 +224,14 @@ class FaultyGrid(InProcessGrid):
 
         def deliver() -> None:
             served = world.handles(name, lambda hospital: self._serve(hospital, message, task))
-            if not served and world.scheduler.rng.random() < _AWAY_ODDS:
+            if served:
+                return
+            drawn = world.scheduler.rng.random()
+            if drawn < _AWAY_ODDS:
                 away = Error(code=NODE_UNAVAILABLE, reason="away")
                 self._arrived.setdefault(number, Message(away, reply_to=message))
+            elif drawn < _AWAY_ODDS + _HELD_ODDS:
+                world.held[name].append(deliver)
 
         world.network.send("coordinator", name, _described(kind, task), deliver)
         return number

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from copy import deepcopy
 
 from flwr.app import Error, Message, RecordDict
@@ -18,11 +18,7 @@ _CLIENT_FAILED = 1
 
 
 class InProcessGrid(Grid):
-    """Hands each batch of messages to ``backend`` at once and gives back its replies.
-
-    Messages are deep-copied on the way in, as a network would: a hospital that changes what it was
-    sent changes nobody else's copy. (Arrays travel as immutable bytes, so a copy is cheap.)
-    """
+    """Hands each batch of messages to ``backend`` at once and gives back its replies."""
 
     def __init__(self, nodes: int, backend: Backend) -> None:
         self._nodes = list(range(1, nodes + 1))
@@ -61,20 +57,24 @@ class InProcessGrid(Grid):
         """Queue one batch; it runs while its replies are pulled."""
         batch = []
         for message in messages:
-            own = deepcopy(message)
-            own.metadata.__dict__["_message_id"] = str(uuid.uuid4())
-            batch.append(own)
+            message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+            batch.append(message)
         ids = [message.metadata.message_id for message in batch]
         replies = self._backend(batch)
         self._replies.update(dict.fromkeys(ids, replies))
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The next reply to any of ``message_ids``; one at a time, so that sums stream."""
-        wanted = set(message_ids)
-        for one in wanted & self._ready.keys():
-            return [self._ready.pop(one)]
-        for one in sorted(wanted):
+        """The next reply to any of ``message_ids``; one at a time, so that sums stream.
+
+        A set or a dictionary's keys are taken as they are, so that a pull costs the same however
+        many are waited for.
+        """
+        wanted = message_ids if isinstance(message_ids, Set) else dict.fromkeys(message_ids).keys()
+        ready = next((one for one in self._ready if one in wanted), None)
+        if ready is not None:
+            return [self._ready.pop(ready)]
+        for one in wanted:
             for reply in self._replies.get(one, iter(())):
                 answered = reply.metadata.reply_to_message_id
                 self._replies.pop(answered, None)
@@ -101,13 +101,15 @@ class InProcessGrid(Grid):
 def one_by_one(handle: Callable[[Message], Message], *, debug: bool = False) -> Backend:
     """The plain backend: each hospital in turn; a failing one answers with an error, by name.
 
-    ``debug`` lets the first failure through instead.
+    Every hospital gets a copy of its own, as over a network: one that changes what it was sent
+    changes nobody else's. (Arrays travel as immutable bytes, so a copy is cheap.) ``debug`` lets
+    the first failure through instead.
     """
 
     def run(messages: list[Message]) -> Iterator[Message]:
         for message in messages:
             try:
-                reply = handle(message)
+                reply = handle(deepcopy(message))
             except Exception as error:
                 if debug:
                     raise

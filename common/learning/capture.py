@@ -25,7 +25,7 @@ from common.models.checks import (
     place_of,
     trains,
 )
-from common.tensors import set_vector, trainable
+from common.tensors import trainable
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Per-record losses [rows] from answers [rows, outputs] and targets [rows, …]."""
@@ -53,18 +53,23 @@ class Capture:
         self._buffers = list(model.buffers())
         self._records_apart = False
 
-    def __call__(
-        self, loss: Loss, weights: Tensor, inputs: Tensor, targets: Tensor
-    ) -> list[LayerCall]:
-        """Every use of a trainable layer that matters to the loss, at ``weights`` [d].
+    def check(self, like: Tensor) -> None:
+        """Refuse a model that mixes records of the kind of ``like`` [rows, …]; looked at once.
+
+        Made-up records are asked about, so the model must be as it was given: not spread over
+        groups of rows.
+        """
+        if not self._records_apart:
+            check_records_apart(self.model, like)
+            self._records_apart = True
+
+    def __call__(self, loss: Loss, inputs: Tensor, targets: Tensor) -> list[LayerCall]:
+        """Every use of a trainable layer that matters to the loss, at the model's weights.
 
         Raises PrivacyError when the model mixes records, in a way that shows only when it runs.
         """
         rows = len(inputs)
-        set_vector(self.model, weights)
-        if not self._records_apart:
-            check_records_apart(self.model, inputs)
-            self._records_apart = True
+        self.check(inputs)
         if not self.model.training:
             self.model.train()
         versions = [buffer._version for buffer in self._buffers]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from common.learning.capture import Capture, LayerCall, Loss
+from common.learning.groups import Groups
 from common.learning.layers import (
     Held,
     LayerGradient,
     LayerSum,
+    Sums,
     ghost,
     held_numbers,
     record_gradients,
@@ -30,6 +32,7 @@ __all__ = [
     "PerRecordGradients",
     "batch_gradient",
     "choose_engine",
+    "clipped_sum",
     "plain_gradient",
     "private_gradient",
 ]
@@ -45,27 +48,37 @@ class Engine(Protocol):
     nothing is kept between calls, so no stale sum can enter a later release."""
 
     @property
+    def model(self) -> nn.Module:
+        """What the gradients are of."""
+        ...
+
+    @property
     def size(self) -> int:
         """Trainable numbers, d."""
+        ...
+
+    def check(self, like: Tensor) -> None:
+        """Raises PrivacyError when the model mixes records of the kind of ``like`` [rows, …]."""
         ...
 
     def rows_at_once(self, *, one_record_each: bool) -> int:
         """Records that fit into memory together."""
         ...
 
-    def clipped_sum(
+    def clipped_sums(
         self,
-        weights: Tensor,
         inputs: Tensor,
         targets: Tensor,
         owners: Tensor,
-        units: int,
+        groups: Groups,
         plan: StepPlan,
+        present: Tensor | None = None,
     ) -> Tensor:
-        """Σ over units of each unit's mean gradient, clipped once: [d].
+        """Σ over the units of each group of the unit's mean gradient, clipped once: [K, d].
 
-        ``owners`` [rows] names each record's unit in ``0..units-1``, in ascending order. A unit
-        whose gradient is not finite counts as zero.
+        At the model's weights. ``owners`` [rows] names each record's unit, in ascending order;
+        ``groups`` are of units. A unit whose gradient is not finite counts as zero, and so does one
+        that is not ``present`` [units]: it only fills its group up.
         """
         ...
 
@@ -75,9 +88,14 @@ class PerRecordGradients:
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         """Raises PrivacyError when ``model`` has no per-record gradients."""
+        self.model = model
         self.loss = loss
         self._capture = Capture(model)
         self.size = self._capture.size
+
+    def check(self, like: Tensor) -> None:
+        """See ``Engine``."""
+        self._capture.check(like)
 
     def rows_at_once(self, *, one_record_each: bool) -> int:  # noqa: ARG002
         """All d numbers of each record are held."""
@@ -87,9 +105,10 @@ class PerRecordGradients:
         """Per-record gradients [rows, d] at ``weights`` [d]."""
         if len(inputs) == 0:
             return torch.zeros(0, self.size)
+        set_vector(self.model, weights)
         found = {
             one.parameter: one.each.reshape(len(inputs), -1)
-            for one in self._gradients(weights, inputs, targets)
+            for one in self._gradients(inputs, targets)
         }
         return torch.cat(
             [
@@ -99,32 +118,34 @@ class PerRecordGradients:
             dim=1,
         )
 
-    def clipped_sum(
+    def clipped_sums(
         self,
-        weights: Tensor,
         inputs: Tensor,
         targets: Tensor,
         owners: Tensor,
-        units: int,
+        groups: Groups,
         plan: StepPlan,
+        present: Tensor | None = None,
     ) -> Tensor:
         """See ``Engine``."""
         if len(inputs) == 0:
-            return torch.zeros(self.size)
-        gradients = self._gradients(weights, inputs, targets)
-        if not _one_record_each(owners, units):
+            return torch.zeros(len(groups), self.size)
+        gradients = self._gradients(inputs, targets)
+        if not _one_record_each(owners, groups.rows):
             gradients = [
                 LayerGradient(
-                    one.parameter, combine_records(one.each.flatten(start_dim=1), owners, units)
+                    one.parameter,
+                    combine_records(one.each.flatten(start_dim=1), owners, groups.rows),
                 )
                 for one in gradients
             ]
-        return _clipped(self._capture.parameters, [Held(gradients)] if gradients else [], plan)
+        layers = [Held(gradients)] if gradients else []
+        return _clipped(self._capture.parameters, layers, groups, plan, present)
 
-    def _gradients(self, weights: Tensor, inputs: Tensor, targets: Tensor) -> list[LayerGradient]:
+    def _gradients(self, inputs: Tensor, targets: Tensor) -> list[LayerGradient]:
         return [
             gradient
-            for calls in _by_layer(self._capture(self.loss, weights, inputs, targets))
+            for calls in _by_layer(self._capture(self.loss, inputs, targets))
             for gradient in record_gradients(calls)
         ]
 
@@ -138,32 +159,53 @@ class GhostNorms:
 
     def __init__(self, model: nn.Module, loss: Loss) -> None:
         """Raises PrivacyError when ``model`` has no per-record gradients."""
+        self.model = model
         self.loss = loss
-        self._capture = Capture(model)
         self._per_record = PerRecordGradients(model, loss)
+        self._capture = Capture(model)
         self.size = self._capture.size
         self._held = sum(held_numbers(module) for module in model.modules())
+
+    def check(self, like: Tensor) -> None:
+        """See ``Engine``."""
+        self._capture.check(like)
+        self._per_record.check(like)
 
     def rows_at_once(self, *, one_record_each: bool) -> int:
         """At worst every layer's gradients are held, embeddings excepted."""
         return _rows(self._held if one_record_each else self.size)
 
-    def clipped_sum(
+    def clipped_sums(
         self,
-        weights: Tensor,
         inputs: Tensor,
         targets: Tensor,
         owners: Tensor,
-        units: int,
+        groups: Groups,
         plan: StepPlan,
+        present: Tensor | None = None,
     ) -> Tensor:
         """See ``Engine``."""
-        if not _one_record_each(owners, units):
-            return self._per_record.clipped_sum(weights, inputs, targets, owners, units, plan)
+        if not _one_record_each(owners, groups.rows):
+            return self._per_record.clipped_sums(inputs, targets, owners, groups, plan, present)
         if len(inputs) == 0:
-            return torch.zeros(self.size)
-        calls = self._capture(self.loss, weights, inputs, targets)
-        return _clipped(self._capture.parameters, [ghost(one) for one in _by_layer(calls)], plan)
+            return torch.zeros(len(groups), self.size)
+        calls = self._capture(self.loss, inputs, targets)
+        layers = [ghost(one) for one in _by_layer(calls)]
+        return _clipped(self._capture.parameters, layers, groups, plan, present)
+
+
+def clipped_sum(
+    each: Engine,
+    weights: Tensor,
+    inputs: Tensor,
+    targets: Tensor,
+    owners: Tensor,
+    units: int,
+    plan: StepPlan,
+) -> Tensor:
+    """The clipped sum [d] over ``units`` of one hospital, at ``weights`` [d]; see ``Engine``."""
+    set_vector(each.model, weights)
+    return each.clipped_sums(inputs, targets, owners, Groups((units,)), plan)[0]
 
 
 def choose_engine(model: nn.Module, loss: Loss, records: Records) -> Engine:
@@ -201,7 +243,8 @@ def private_gradient(
         total = torch.zeros(each.size)
         for start, stop, part in _parts(owners, len(units), each):
             chosen = rows[part]
-            total += each.clipped_sum(
+            total += clipped_sum(
+                each,
                 weights,
                 records.inputs[chosen],
                 records.targets[chosen],
@@ -255,26 +298,35 @@ def _backward(model: nn.Module, weights: Tensor, objective: Callable[[], Tensor]
     return torch.cat([one.reshape(-1) for one in gradients])
 
 
-def _clipped(parameters: list[nn.Parameter], layers: list[LayerSum], plan: StepPlan) -> Tensor:
-    """The clipped sum [d] over layers that all hold the same records."""
-    total = torch.zeros(sum(parameter.numel() for parameter in parameters))
-    if not layers:
-        return total
-    into, start = {}, 0
-    for parameter in parameters:
-        stop = start + parameter.numel()
-        into[parameter] = total[start:stop].view_as(parameter)
-        start = stop
-    squares = layers[0].squares
-    for layer in layers[1:]:
+def _clipped(
+    parameters: list[nn.Parameter],
+    layers: Sequence[LayerSum],
+    groups: Groups,
+    plan: StepPlan,
+    present: Tensor | None,
+) -> Tensor:
+    """The clipped sums [K, d] over layers that all hold the same units."""
+    squares = torch.zeros(groups.rows)
+    for layer in layers:
         squares = squares + layer.squares
-    norms = squares.sqrt()
+    norms = squares.sqrt_()
     finite = torch.isfinite(norms)
     sound = None if bool(finite.all()) else finite
     factors = plan.clip_factors(norms)
+    if present is not None:
+        factors = factors * present
+    sums: Sums = {}
     for layer in layers:
-        layer.add_sum(factors, sound, into)
-    return total
+        layer.put_sums(factors, sound, groups, sums)
+    return torch.cat(
+        [
+            sums[one].view(len(groups), -1)
+            if one in sums
+            else torch.zeros(len(groups), one.numel())
+            for one in parameters
+        ],
+        dim=1,
+    )
 
 
 def _by_layer(calls: list[LayerCall]) -> list[list[LayerCall]]:

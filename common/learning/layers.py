@@ -21,6 +21,10 @@ from opacus import GradSampleModule
 from torch import Tensor, nn
 
 from common.learning.capture import LayerCall
+from common.learning.groups import Groups
+
+Sums = dict[nn.Parameter, Tensor]
+"""A parameter's sum over each of K groups: K · numel numbers, group by group."""
 
 _ROUNDING = torch.finfo(torch.float32).eps
 
@@ -66,12 +70,11 @@ class LayerSum(Protocol):
         """Squared norm [rows] of each record's gradient in this layer; never rounded down."""
         ...
 
-    def add_sum(
-        self, factors: Tensor, sound: Tensor | None, into: dict[nn.Parameter, Tensor]
-    ) -> None:
-        """Add ``Σ_i factors_i · gradient_i`` to the tensors in ``into``.
+    def put_sums(self, factors: Tensor, sound: Tensor | None, groups: Groups, into: Sums) -> None:
+        """Put ``Σ_i factors_i · gradient_i`` over the rows of each group into ``into``.
 
-        Records that are not ``sound`` [rows] are left out; None: all are.
+        Records that are not ``sound`` [rows] are left out; None: all are. No other layer has a sum
+        for the same parameters: tied weights are refused.
         """
         ...
 
@@ -83,12 +86,14 @@ class Held:
         self._flat = [(one.parameter, one.each.flatten(start_dim=1)) for one in gradients]
         self.squares = _sum_of_squares([flat for _, flat in self._flat])
 
-    def add_sum(
-        self, factors: Tensor, sound: Tensor | None, into: dict[nn.Parameter, Tensor]
-    ) -> None:
+    def put_sums(self, factors: Tensor, sound: Tensor | None, groups: Groups, into: Sums) -> None:
         """See ``LayerSum``."""
         for parameter, flat in self._flat:
-            into[parameter].view(-1).addmv_(_sound(flat, sound).t(), factors)
+            kept = _sound(flat, sound)
+            sums = torch.empty(len(groups), flat.shape[1])
+            for total, (start, stop) in zip(sums, groups.bounds(), strict=True):
+                torch.mv(kept[start:stop].t(), factors[start:stop], out=total)
+            into[parameter] = sums
 
 
 class GhostLinear:
@@ -98,18 +103,16 @@ class GhostLinear:
         self._call = call
         self.squares = _linear_squares(call)
 
-    def add_sum(
-        self, factors: Tensor, sound: Tensor | None, into: dict[nn.Parameter, Tensor]
-    ) -> None:
+    def put_sums(self, factors: Tensor, sound: Tensor | None, groups: Groups, into: Sums) -> None:
         """See ``LayerSum``."""
         layer: Any = self._call.layer
         derivative = _sound(self._call.derivative, sound)
-        weighted = (derivative * _like(factors, derivative)).flatten(end_dim=-2)
+        weighted = _lines(groups, derivative * _like(factors, derivative))
         if layer.weight.requires_grad:
-            seen = _sound(self._call.inputs, sound).flatten(end_dim=-2)
-            into[layer.weight].addmm_(weighted.t(), seen)
+            seen = _lines(groups, _sound(self._call.inputs, sound))
+            into[layer.weight] = torch.bmm(weighted.mT, seen)
         if layer.bias is not None and layer.bias.requires_grad:
-            into[layer.bias].add_(weighted.sum(dim=0))
+            into[layer.bias] = weighted.sum(dim=1)
 
 
 class GhostEmbedding:
@@ -120,14 +123,15 @@ class GhostEmbedding:
         self._derivative = _without_padding(call)
         self.squares = _embedding_squares(call, self._derivative)
 
-    def add_sum(
-        self, factors: Tensor, sound: Tensor | None, into: dict[nn.Parameter, Tensor]
-    ) -> None:
+    def put_sums(self, factors: Tensor, sound: Tensor | None, groups: Groups, into: Sums) -> None:
         """See ``LayerSum``."""
         layer: Any = self._call.layer
         derivative = _sound(self._derivative, sound)
         weighted = (derivative * _like(factors, derivative)).reshape(-1, layer.embedding_dim)
-        into[layer.weight].index_add_(0, self._call.inputs.reshape(-1), weighted)
+        words = self._call.inputs.reshape(len(self._call.inputs), -1)
+        own = words + groups.of_rows[:, None] * layer.num_embeddings  # each group has its table
+        tables = torch.zeros(len(groups) * layer.num_embeddings, layer.embedding_dim)
+        into[layer.weight] = tables.index_add_(0, own.reshape(-1), weighted)
 
 
 def ghost(calls: list[LayerCall]) -> LayerSum:
@@ -223,6 +227,11 @@ def _sound(values: Tensor, sound: Tensor | None) -> Tensor:
     if sound is None:
         return values
     return torch.where(_like(sound, values), values, torch.zeros_like(values))
+
+
+def _lines(groups: Groups, values: Tensor) -> Tensor:
+    """``values`` [rows, …, width] as [K, longest · …, width]."""
+    return groups.blocks(values).flatten(start_dim=1, end_dim=-2)
 
 
 def _like(per_row: Tensor, values: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from common.learning.optimisers import Moments, Plateau, learning_rate_at, updat
 from common.study import OptimiserSpec
 
 Gradient = Callable[[Tensor], Tensor]
-"""Gives the (possibly noised) mean gradient [d] at weights [d]."""
+"""Gives the (possibly noised) mean gradient at weights, both [d]; or [K, d] of K hospitals."""
 
 _PLATEAU_CHECK_EVERY = 20
 
@@ -30,8 +30,8 @@ class LoopState:
 
 
 def init(weights: Tensor, *, first_step: int = 0) -> LoopState:
-    """Start from ``weights`` [d] with no memory of earlier gradients."""
-    return LoopState(step=first_step, weights=weights, moments=Moments.zeros(weights.numel()))
+    """Start from ``weights`` with no memory of earlier gradients."""
+    return LoopState(step=first_step, weights=weights, moments=Moments.zeros(weights))
 
 
 def step(
@@ -60,7 +60,7 @@ def run(
     total_steps: int | None = None,
     watch: Callable[[Tensor], float] | None = None,
 ) -> Tensor:
-    """``steps`` steps from ``weights``; the final weights [d].
+    """``steps`` steps from ``weights``; the final weights.
 
     ``watch`` gives the public loss that a ``plateau`` schedule follows; without it such a schedule
     is a ValueError, since no other loss may be looked at for free.

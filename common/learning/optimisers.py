@@ -15,15 +15,16 @@ _EPSILON = 1e-8  # Adam's guard against division by zero (Kingma & Ba 2015)
 
 @dataclass(frozen=True)
 class Moments:
-    """First and second moment of the gradient, [d] each; zeros at the start."""
+    """First and second moment of the gradient, as the weights in shape; zeros at the start."""
 
     first: Tensor
     second: Tensor
 
     @classmethod
-    def zeros(cls, size: int) -> Moments:
-        """No memory of any gradient."""
-        return cls(torch.zeros(size), torch.zeros(size))
+    def zeros(cls, like: Tensor) -> Moments:
+        """No memory of any gradient, for weights like these; nothing is held until it is needed."""
+        zero = like.new_zeros(()).expand_as(like)
+        return cls(zero, zero)
 
 
 def update(
@@ -35,7 +36,9 @@ def update(
     step: int,
     learning_rate: float,
 ) -> tuple[Tensor, Moments]:
-    """New weights [d] and moments after one step down ``gradient`` [d]. ``step`` counts from 0.
+    """New weights and moments after one step down ``gradient``, all of one shape.
+
+    ``step`` counts from 0. Every number is updated by itself, so that [d] may be [K, d].
 
     ``sgd`` and ``momentum``: w ← w − η v with v ← μ v + g (μ = 0 for ``sgd``), Sutskever et al.
     2013. ``adam``: Kingma & Ba 2015, algorithm 1, decay added to the gradient. ``adamw``: decay
@@ -45,7 +48,7 @@ def update(
     if spec.kind in ("sgd", "momentum", "adam") and decay:
         gradient = gradient + decay * weights
     if spec.kind == "sgd":
-        return weights - learning_rate * gradient, moments
+        return torch.sub(weights, gradient, alpha=learning_rate), moments
     if spec.kind == "momentum":
         velocity = spec.momentum * moments.first + gradient
         return weights - learning_rate * velocity, replace(moments, first=velocity)

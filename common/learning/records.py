@@ -36,7 +36,7 @@ class Records:
     def _starts(self) -> Tensor:
         return torch.cumsum(self._counts, 0) - self._counts
 
-    @property
+    @cached_property
     def one_each(self) -> bool:
         """Whether every unit has exactly one record."""
         return bool((self._counts == 1).all())
@@ -46,6 +46,8 @@ class Records:
 
         Returns rows [r] and owners [r] with ``owners[i]`` indexing ``units``, in ascending order.
         """
+        if self.one_each:
+            return self._order[units], torch.arange(len(units))
         counts = self._counts[units]
         owners = torch.repeat_interleave(torch.arange(len(units)), counts)
         within = torch.arange(len(owners)) - (torch.cumsum(counts, 0) - counts)[owners]

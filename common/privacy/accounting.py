@@ -72,12 +72,13 @@ def epsilon(events: Iterable[Event], *, delta: float, relation: Relation) -> flo
     0.93
     """
     check_delta(delta)
-    return _epsilon(merged(events), delta, relation)
+    together = merged(events)
+    return _epsilon(together, delta, relation) if together else 0.0
 
 
 @lru_cache(maxsize=_CACHED_DISTRIBUTIONS)
 def _epsilon(events: tuple[GaussianEvent, ...], delta: float, relation: Relation) -> float:
-    return _composed(events, relation, 0).epsilon(delta) if events else 0.0
+    return _composed(events, relation, 0).epsilon(delta)
 
 
 def library_epsilon(events: Iterable[Event], *, delta: float, relation: Relation) -> float:

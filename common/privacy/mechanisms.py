@@ -5,10 +5,14 @@ Every function is pure and takes its randomness as an argument.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from common.randomness import Stream
+from common.randomness import Stream, normal_blocks, uniforms
 
 
 def poisson_sample(stream: Stream, units: int, rate: float) -> Tensor:
@@ -16,18 +20,27 @@ def poisson_sample(stream: Stream, units: int, rate: float) -> Tensor:
 
     True Poisson sampling on exactly ``rate``: shuffled batches have another (worse) guarantee.
     """
+    return torch.from_numpy(np.flatnonzero(poisson_samples([stream], [units], rate)))
+
+
+def poisson_samples(
+    streams: Sequence[Stream], units: Sequence[int], rate: float
+) -> NDArray[np.bool_]:
+    """Whether each unit is drawn, by the stream of its hospital; one hospital after another."""
     if rate >= 1.0:
-        return torch.arange(units)
-    return torch.from_numpy((stream.uniform(units) < rate).nonzero()[0])
+        return np.ones(sum(units), dtype=bool)
+    return uniforms(streams, units) < rate
 
 
 def clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
     """What each contribution of norm ``norms`` [units] is scaled by: at most ``clip_norm`` remains.
 
-    A norm that is not finite gets 0: that contribution is dropped.
+    A norm that is not finite gets 0: that contribution is dropped. So is one so large that its
+    factor has lost digits (is subnormal), with which it would stay longer than ``clip_norm``.
     """
     factors = clip_norm / norms.clamp(min=clip_norm)
-    return torch.where(torch.isfinite(norms), factors, torch.zeros_like(norms))
+    exact = torch.isfinite(norms) & (factors >= torch.finfo(factors.dtype).tiny)
+    return torch.where(exact, factors, torch.zeros_like(norms))
 
 
 def clip_sum(contributions: Tensor, clip_norm: float) -> Tensor:
@@ -46,11 +59,20 @@ def clip_sum(contributions: Tensor, clip_norm: float) -> Tensor:
 
 
 def add_gaussian(total: Tensor, stream: Stream, noise_std: float) -> Tensor:
-    """``total`` [d] plus independent N(0, ``noise_std``²) in every coordinate.
+    """``total`` [d] plus independent N(0, ``noise_std``²) in every coordinate."""
+    return add_gaussians(total[None], [stream], noise_std)[0]
 
-    The noise is drawn and added in float64 and only then rounded to ``total``'s precision:
+
+def add_gaussians(totals: Tensor, streams: Sequence[Stream], noise_std: float) -> Tensor:
+    """``totals`` [K, d], each with the noise of its own stream.
+
+    The noise is drawn and added in float64 and only then rounded to the precision of ``totals``:
     rounding the noised value is post-processing, whereas noise drawn in float32 has gaps that
     single out some inputs (Mironov 2012).
     """
-    noise = torch.from_numpy(stream.normal(total.numel())).mul_(noise_std)
-    return noise.add_(total.double()).to(total.dtype)
+    noised = torch.empty_like(totals)
+    exact, released = totals.numpy(), noised.numpy()
+    for rows, columns, noise in normal_blocks(streams, totals.shape[1]):
+        np.multiply(noise, noise_std, out=noise)
+        released[rows, columns] = np.add(noise, exact[rows, columns], out=noise)
+    return noised

@@ -7,14 +7,24 @@ what is sensitive (the cohort, its size, the random stream) is an argument.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import PrivacyError
 from common.privacy.accounting import GaussianEvent
-from common.privacy.mechanisms import add_gaussian, clip_factors, clip_sum, poisson_sample
+from common.privacy.mechanisms import (
+    add_gaussian,
+    add_gaussians,
+    clip_factors,
+    clip_sum,
+    poisson_sample,
+    poisson_samples,
+)
 from common.privacy.units import PrivacyUnit, Relation
 from common.randomness import Stream
 
@@ -66,6 +76,10 @@ class StepPlan:
         """Indices of the units in this step, [≤ units]."""
         return poisson_sample(stream, units, self.sampling_rate)
 
+    def sample_each(self, streams: Sequence[Stream], units: Sequence[int]) -> NDArray[np.bool_]:
+        """Which units of each of K hospitals are in this step: [Σ units]."""
+        return poisson_samples(streams, units, self.sampling_rate)
+
     def clipped_sum(self, contributions: Tensor) -> Tensor:
         """Sum [d] of per-unit contributions [units, d], each clipped once.
 
@@ -81,6 +95,10 @@ class StepPlan:
     def noised(self, total: Tensor, stream: Stream) -> Tensor:
         """The releasable sum [d]: ``total`` plus this step's noise."""
         return add_gaussian(total, stream, self.noise_std)
+
+    def noised_each(self, totals: Tensor, streams: Sequence[Stream]) -> Tensor:
+        """The releasable sums [K, d] of K hospitals, each with noise of its own."""
+        return add_gaussians(totals, streams, self.noise_std)
 
 
 def combine_records(gradients: Tensor, owners: Tensor, units: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from common.learning import loop
-from common.learning.gradients import choose_engine, private_gradient
+from common.learning.gradients import choose_engine, clipped_sum, private_gradient
 from common.learning.records import Records
 from common.privacy.plan import StepPlan
 from common.privacy.units import PrivacyUnit, Relation
@@ -186,8 +186,8 @@ def _difference(workload: Workload) -> float:
     model, rows = _fresh(workload), len(workload.inputs)
     start = get_vector(model)
     engine = choose_engine(model, _loss, _records(workload))
-    ours = engine.clipped_sum(
-        start, workload.inputs, workload.targets, torch.arange(rows), rows, _plan()
+    ours = clipped_sum(
+        engine, start, workload.inputs, workload.targets, torch.arange(rows), rows, _plan()
     )
     step, theirs = _opacus(workload, "hooks", noise_multiplier=0.0)
     step()

@@ -14,7 +14,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from safetensors.numpy import save
 
-from client import rounds
+from client import rounds, training
 from client.hospital import Hospital
 from common import wire
 from common.errors import MessageError, RefusalError
@@ -94,8 +94,8 @@ def test_the_replies_hold_these_fields_and_no_others() -> None:
 
 def tasks(study: Study) -> dict[str, Any]:
     features = FeatureMap(study.dictionary, range_scaling(study.dictionary))
-    teacher = dict(rounds.build_teacher(study, features).state_dict())
-    student = dict(rounds.build_student(study, features).state_dict())
+    teacher = dict(training.build_teacher(study, features).state_dict())
+    student = dict(training.build_student(study, features).state_dict())
     scaling = scaling_tensor(study.dictionary, range_scaling(study.dictionary))
     digest = study.digest()
     return {
@@ -238,11 +238,15 @@ def test_records_of_another_form_are_refused() -> None:
     for content in (RecordDict(), RecordDict({"values": ArrayRecord(), "arrays": ConfigRecord()})):
         with pytest.raises(MessageError, match="expected records 'values' and 'arrays'"):
             unpack(Hello, content)
-    block = Array(np.frombuffer(save({"more": np.ones(2, np.float32)}), np.uint8))
-    broken = Array(np.frombuffer(b"not safetensors", np.uint8))
+
+    def block_of(data: bytes) -> Array:
+        return Array("uint8", (len(data),), "safetensors", data)
+
+    block = block_of(save({"more": np.ones(2, np.float32)}))
     for arrays, says in (
         ({"more": Array(np.ones(2, np.float32))}, "expected arrays in one block"),
-        ({"tensors": broken}, "cannot be read"),
+        ({"tensors": block_of(b"not safetensors")}, "cannot be read"),
+        ({"tensors": Array(np.ones(2, np.float32))}, "stored as 'numpy.ndarray'"),
         ({"tensors": block}, "unknown field 'more'"),
     ):
         strange = RecordDict(

@@ -104,7 +104,7 @@ def test_events_of_one_time_keep_their_order_and_calm_ends_all_faults() -> None:
     assert scheduler.monotonic() == 1.0
 
 
-# A bug the simulator found
+# Bugs the simulator found
 
 
 def test_numbers_of_attempts_outlive_the_coordinator(tmp_path: Path) -> None:
@@ -126,6 +126,13 @@ def test_a_sum_that_was_interrupted_before_anything_left_can_be_resumed(
 
     monkeypatch.setattr(panel, "secure_sum", secure_sum)
     assert "no end although faults have stopped" in str(faulty.run(seed).violation)
+
+
+def test_two_replies_to_a_message_sent_twice_may_arrive_together() -> None:
+    """The coordinator's link failed on the second; see also ``test_flower_link.py``."""
+    with simulator(whole=True) as simulated:
+        result = simulated.run(97, Odds(delay=0.5, hospital_crash=0.5, duplicate=0.3))
+    assert result.violation is None
 
 
 # What a person sees

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client import rounds
+from client import rounds, training
 from client.hospital import Hospital
 from common.errors import PrivacyError
 from common.features import FeatureMap, range_scaling, scaling_tensor
@@ -130,14 +130,14 @@ def test_both_sides_compute_the_same_noise(
 ) -> None:
     """The hospital draws what the coordinator's statement says, from its own copy of the study."""
     drawn: list[StepPlan] = []
-    original = rounds.charge_of
+    original = training.charge_of
 
     def watched(own: Study, stage: str, number: int) -> Charge:
         charge = original(own, stage, number)
         drawn.append(charge.plan)
         return charge
 
-    monkeypatch.setattr(rounds, "charge_of", watched)
+    monkeypatch.setattr(training, "charge_of", watched)
     held = parse_study(
         study.model_dump(mode="json", exclude_unset=True, exclude_none=True), origin="copy"
     )
@@ -150,8 +150,8 @@ def test_both_sides_compute_the_same_noise(
             stage="finetune",
             round=0,
             attempt=0,
-            teacher=dict(rounds.build_teacher(study, features).state_dict()),
-            student=dict(rounds.build_student(study, features).state_dict()),
+            teacher=dict(training.build_teacher(study, features).state_dict()),
+            student=dict(training.build_student(study, features).state_dict()),
             scaling=scaling_tensor(study.dictionary, range_scaling(study.dictionary)),
         ),
     )

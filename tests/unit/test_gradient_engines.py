@@ -8,7 +8,6 @@ import pytest
 import torch
 from opacus import GradSampleModule
 from opacus.grad_sample import GradSampleModuleFastGradientClipping
-from opacus.layers import DPMultiheadAttention
 from torch import Tensor, nn
 
 from common.errors import PrivacyError
@@ -20,16 +19,17 @@ from common.learning.gradients import (
     GhostNorms,
     PerRecordGradients,
     choose_engine,
+    clipped_sum,
     private_gradient,
 )
 from common.learning.records import Records
-from common.models.lora import LoraLinear, add_lora
+from common.models.lora import LoraLinear
 from common.privacy.plan import StepPlan, combine_records
 from common.privacy.units import PrivacyUnit, Relation
 from common.randomness import SeededNoise
 from common.tensors import get_vector, set_vector, trainable
+from tests.unit.zoo import MODELS, ROWS, build, loss
 
-ROWS = 6
 ENGINES: list[Callable[..., Engine]] = [PerRecordGradients, GhostNorms]
 
 
@@ -43,190 +43,6 @@ def plan(**changes: object) -> StepPlan:
         "records_per_unit": 8,
     }
     return StepPlan(**(settings | changes))  # type: ignore[arg-type]
-
-
-def loss(answers: Tensor, targets: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(answers, targets, reduction="none")
-
-
-class Mean(nn.Module):
-    def forward(self, inputs: Tensor) -> Tensor:
-        return inputs.mean(dim=1)
-
-
-class Attention(nn.Module):
-    """Plain self-attention from Linear layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        scores = self.query(inputs) @ self.key(inputs).mT / 8**0.5
-        return self.head((torch.softmax(scores, dim=-1) @ self.value(inputs)).mean(dim=1))
-
-
-class OpacusAttention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = DPMultiheadAttention(8, 2, batch_first=True)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.attention(inputs, inputs, inputs, need_weights=False)[0].mean(dim=1))
-
-
-class Recurrent(nn.Module):
-    """One layer used three times in a pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell = nn.Linear(8, 8)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        for _ in range(3):
-            inputs = torch.tanh(self.cell(inputs))
-        return self.head(inputs)
-
-
-class PartlyUsed(nn.Module):
-    """One trainable layer is never used, another's answer is thrown away."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(8, 3)
-        self.idle = nn.Linear(8, 3)
-        self.ignored = nn.Linear(8, 3)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        self.ignored(inputs)
-        return self.head(inputs)
-
-
-class PositionTable(nn.Module):
-    """A frozen table in a buffer, which never changes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("table", torch.linspace(0, 1, 5 * 8).reshape(5, 8))
-        self.mix = nn.Linear(8, 8)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.mix(inputs + self.table)).mean(dim=1))
-
-
-def lora() -> nn.Module:
-    model = Attention()
-    add_lora(model, ("query", "value"), rank=2, seed=0)
-    nn.init.normal_(model.query.up.weight)  # type: ignore[union-attr, arg-type]
-    nn.init.normal_(model.value.up.weight)  # type: ignore[union-attr, arg-type]
-    return model
-
-
-def frozen_encoder() -> nn.Module:
-    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
-    model[0].requires_grad_(False)
-    return model
-
-
-def bias_only() -> nn.Module:
-    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
-    for module in (model[0], model[2]):
-        module.weight.requires_grad_(False)
-    return model
-
-
-def vectors() -> Tensor:
-    return torch.randn(ROWS, 8)
-
-
-def sequences() -> Tensor:
-    return torch.randn(ROWS, 5, 8)
-
-
-def images() -> Tensor:
-    return torch.randn(ROWS, 2, 8, 8)
-
-
-def words() -> Tensor:
-    return torch.tensor([[1, 2, 2, 0, 0], [3, 3, 3, 3, 3], [0, 0, 0, 0, 0]] * 2)
-
-
-def pooled(*first: nn.Module) -> nn.Module:
-    return nn.Sequential(*first, Mean(), nn.Linear(8, 3))
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
-    "linear": (lambda: nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 3)), vectors),
-    "linear without bias": (lambda: nn.Linear(8, 3, bias=False), vectors),
-    "bias only": (bias_only, vectors),
-    "frozen encoder": (frozen_encoder, vectors),
-    "linear on sequences": (lambda: pooled(nn.Linear(8, 8), nn.Tanh()), sequences),
-    "wide linear on sequences": (
-        lambda: nn.Sequential(
-            nn.Linear(8, 96), nn.Tanh(), nn.Linear(96, 96), Mean(), nn.Linear(96, 3)
-        ),
-        sequences,
-    ),
-    "linear on grids": (
-        lambda: nn.Sequential(nn.Linear(8, 4), nn.Flatten(), nn.Linear(2 * 8 * 4, 3)),
-        images,
-    ),
-    "conv2d": (
-        lambda: nn.Sequential(
-            nn.Conv2d(2, 4, 3, stride=(1, 2), padding=(1, 2)),
-            nn.GELU(),
-            nn.Conv2d(4, 4, 3, groups=2, dilation=2, bias=False),
-            nn.Flatten(),
-            nn.LazyLinear(3),
-        ),
-        images,
-    ),
-    "conv1d": (
-        lambda: nn.Sequential(nn.Conv1d(5, 4, 3, padding="same"), nn.Flatten(), nn.Linear(32, 3)),
-        sequences,
-    ),
-    "groupnorm": (
-        lambda: nn.Sequential(
-            nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.GELU(), nn.Flatten(), nn.LazyLinear(3)
-        ),
-        images,
-    ),
-    "instancenorm": (
-        lambda: nn.Sequential(nn.InstanceNorm2d(2, affine=True), nn.Flatten(), nn.Linear(128, 3)),
-        images,
-    ),
-    "layernorm": (lambda: pooled(nn.Linear(8, 8), nn.LayerNorm(8), nn.Tanh()), sequences),
-    "layernorm over two": (
-        lambda: nn.Sequential(nn.LayerNorm((5, 8), bias=False), nn.Flatten(), nn.Linear(40, 3)),
-        sequences,
-    ),
-    "layernorm without bias": (
-        lambda: pooled(nn.Linear(8, 8), nn.LayerNorm(8, bias=False)),
-        sequences,
-    ),
-    "rmsnorm": (lambda: pooled(nn.Linear(8, 8), nn.RMSNorm(8)), sequences),
-    "embedding": (lambda: pooled(nn.Embedding(7, 8), nn.Tanh()), words),
-    "embedding with padding": (lambda: pooled(nn.Embedding(7, 8, padding_idx=0)), words),
-    "attention": (Attention, sequences),
-    "opacus attention": (OpacusAttention, sequences),
-    "lora": (lora, sequences),
-    "layer used thrice": (Recurrent, vectors),
-    "idle layers": (PartlyUsed, vectors),
-    "constant buffer": (PositionTable, sequences),
-}
-
-
-def build(name: str) -> tuple[nn.Module, Tensor, Tensor]:
-    torch.manual_seed(3)
-    make, make_inputs = MODELS[name]
-    model, inputs = make(), make_inputs()
-    with torch.no_grad():
-        model(inputs)  # lazy layers learn their width
-    return model, inputs, torch.arange(ROWS) % 3
 
 
 def oracle(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -272,8 +88,8 @@ def test_clipped_sums_equal_the_oracle(
     norms = torch.linalg.vector_norm(each, dim=1)
     settings = plan(clip_norm=float(norms[norms > 0].median()))  # some are clipped, some are not
     expected = settings.clipped_sum(each)
-    found = engine(model, loss).clipped_sum(
-        get_vector(model), inputs, targets, owners, units, settings
+    found = clipped_sum(
+        engine(model, loss), get_vector(model), inputs, targets, owners, units, settings
     )
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
@@ -282,8 +98,8 @@ def test_clipped_sums_equal_the_oracle(
 def test_clipped_sums_equal_those_of_opacus_itself(name: str) -> None:
     model, inputs, targets = build(name)
     weights = get_vector(model)
-    found = GhostNorms(model, loss).clipped_sum(
-        weights, inputs, targets, torch.arange(ROWS), ROWS, plan()
+    found = clipped_sum(
+        GhostNorms(model, loss), weights, inputs, targets, torch.arange(ROWS), ROWS, plan()
     )
     hooked = GradSampleModule(model, loss_reduction="sum")
     loss(hooked(inputs), targets).sum().backward()
@@ -302,11 +118,11 @@ def test_a_record_without_finite_gradient_counts_as_zero(
     model, inputs, targets = build(name)
     made = engine(model, loss)
     sound = torch.tensor([0, 1, 3, 4, 5])
-    expected = made.clipped_sum(
-        get_vector(model), inputs[sound], targets[sound], torch.arange(5), 5, plan()
+    expected = clipped_sum(
+        made, get_vector(model), inputs[sound], targets[sound], torch.arange(5), 5, plan()
     )
     inputs[2] = bad
-    found = made.clipped_sum(get_vector(model), inputs, targets, torch.arange(ROWS), ROWS, plan())
+    found = clipped_sum(made, get_vector(model), inputs, targets, torch.arange(ROWS), ROWS, plan())
     assert torch.isfinite(found).all()
     difference = found - expected
     # 3e38 may saturate instead of overflowing: then it counts, clipped.
@@ -319,10 +135,10 @@ def test_one_bad_record_drops_its_whole_patient(engine: Callable[..., Engine]) -
     owners = torch.tensor([0, 0, 1, 1, 2, 2])
     inputs[2] = float("nan")
     made = engine(model, loss)
-    found = made.clipped_sum(get_vector(model), inputs, targets, owners, 3, plan())
+    found = clipped_sum(made, get_vector(model), inputs, targets, owners, 3, plan())
     keep = torch.tensor([0, 1, 4, 5])
-    expected = made.clipped_sum(
-        get_vector(model), inputs[keep], targets[keep], torch.tensor([0, 0, 1, 1]), 2, plan()
+    expected = clipped_sum(
+        made, get_vector(model), inputs[keep], targets[keep], torch.tensor([0, 0, 1, 1]), 2, plan()
     )
     torch.testing.assert_close(found, expected)
 
@@ -433,7 +249,7 @@ def test_an_empty_sample_is_pure_noise(engine: Callable[..., Engine]) -> None:
     model = build("linear")[0]
     made = engine(model, loss)
     none = torch.zeros(0, dtype=torch.int64)
-    total = made.clipped_sum(get_vector(model), torch.zeros(0, 8), none, none, 0, plan())
+    total = clipped_sum(made, get_vector(model), torch.zeros(0, 8), none, none, 0, plan())
     assert torch.equal(total, torch.zeros(made.size))
     gradient = private_gradient(
         made,
@@ -449,17 +265,17 @@ def test_an_empty_sample_is_pure_noise(engine: Callable[..., Engine]) -> None:
 def test_an_exception_in_mid_step_leaves_nothing_behind() -> None:
     model, inputs, targets = build("attention")
     made = GhostNorms(model, loss)
-    expected = made.clipped_sum(
-        get_vector(model), inputs, targets, torch.arange(ROWS), ROWS, plan()
+    expected = clipped_sum(
+        made, get_vector(model), inputs, targets, torch.arange(ROWS), ROWS, plan()
     )
 
     def broken(answers: Tensor, targets: Tensor) -> Tensor:
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
-        Capture(model)(broken, get_vector(model), inputs, targets)
+        Capture(model)(broken, inputs, targets)
     assert all(not module._forward_hooks for module in model.modules())
-    again = made.clipped_sum(get_vector(model), inputs, targets, torch.arange(ROWS), ROWS, plan())
+    again = clipped_sum(made, get_vector(model), inputs, targets, torch.arange(ROWS), ROWS, plan())
     assert torch.equal(again, expected)
 
 
@@ -468,7 +284,7 @@ def test_gradients_follow_the_given_weights() -> None:
     made = GhostNorms(model, loss)
     owners = torch.arange(ROWS)
     weights = get_vector(model) + 0.5
-    found = made.clipped_sum(weights, inputs, targets, owners, ROWS, plan())
+    found = clipped_sum(made, weights, inputs, targets, owners, ROWS, plan())
     set_vector(model, weights)
     expected = plan().clipped_sum(oracle(model, inputs, targets))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -20,6 +20,7 @@ from client.guard import LedgerGuard, MemoryGuard, Release, refuse_beyond_study,
 from client.hospital import Hospital, open_hospital
 from client.policyfile import sign_policy
 from client.safe import create_safe, open_safe
+from client.training import Assignment
 from common.errors import RefusalError
 from common.features import FeatureMap, range_scaling, scaling_tensor
 from common.flower import pack
@@ -96,7 +97,7 @@ def test_a_stored_release_is_sent_again_without_touching_a_patient(
 ) -> None:
     task = task_of(guarded.study)
     first = rounds.train(guarded, task).update
-    monkeypatch.setattr(rounds, "_local_steps", lambda *_, **__: pytest.fail("computed again"))
+    monkeypatch.setattr(Assignment, "update", lambda *_: pytest.fail("computed again"))
     assert torch.equal(rounds.train(guarded, task).update, first)
 
 
@@ -146,7 +147,7 @@ def _other_model(study: Study) -> TrainTask:
 def test_the_policy_decides_before_any_patient_is_touched(
     guarded: Hospital, rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rounds, "_local_steps", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr(Assignment, "update", lambda *_: pytest.fail("computed"))
     with pytest.raises(RefusalError) as refusal:
         rounds.train(guarded, task_of(guarded.study))
     assert refusal.value.rule == rule
@@ -161,11 +162,11 @@ def test_withdrawn_patients_are_in_no_round(
     gone = str(guarded.train.patients[0])
     withdraw(safe.withdrawals(safe.policy()), [gone], ledger=safe.ledger, log=safe.log)
     seen: list[int] = []
-    real = rounds.records_of
+    real = Assignment.records
     monkeypatch.setattr(
-        rounds,
-        "records_of",
-        lambda table, *rest: seen.append(int((table.patients == gone).sum())) or real(table, *rest),
+        Assignment,
+        "records",
+        lambda self, table: seen.append(int((table.patients == gone).sum())) or real(self, table),
     )
     before = guarded.guard.admit([gone], study="s", round_number=0)
     assert before == frozenset()
@@ -244,9 +245,7 @@ def test_a_crash_between_reserve_and_release_is_paid_and_never_exceeds_the_study
 ) -> None:
     """The lost attempt stays charged; so the study's last round no longer fits, and is refused."""
     with monkeypatch.context() as patched:
-        patched.setattr(
-            rounds, "_local_steps", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
-        )
+        patched.setattr(Assignment, "update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             rounds.train(guarded, task_of(guarded.study))
     last = guarded.study.finetune.rounds - 1

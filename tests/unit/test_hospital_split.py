@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from client.hospital import Hospital, open_hospital, rows_digest, split_patients, units_of
+from client.hospital import Hospital, open_hospital, split_patients, units_of
 from common.errors import DataError, StudyError
 from common.features import FeatureMap, range_scaling
 from common.privacy.units import PrivacyUnit
@@ -71,12 +71,12 @@ def test_records_as_units_need_one_record_per_patient(small: Study, make_table: 
 def test_the_rows_digest_sees_every_row(small: Study, make_hospital: MakeHospital) -> None:
     """A release over changed rows must not reuse its noise."""
     one, same = make_hospital(small).train, make_hospital(small).train
-    assert rows_digest(one) == rows_digest(same)
+    assert one.digest == same.digest
     changed = one.values["a"].copy()
     changed[0] += 1e-9
     other = replace(one, values=dict(one.values) | {"a": changed})
-    assert rows_digest(other) != rows_digest(one)
-    assert rows_digest(one.take(np.arange(len(one) - 1))) != rows_digest(one)
+    assert other.digest != one.digest
+    assert one.take(np.arange(len(one) - 1)).digest != one.digest
 
 
 # Worlds
@@ -224,8 +224,8 @@ def test_hospitals_on_disk_are_those_in_memory(
     for inside in open_world(world, seeded_noise(1, names)):
         with open_hospital(home / "hospitals" / inside.name, binding.digest()) as outside:
             assert outside.guard.noise == inside.guard.noise
-        assert rows_digest(outside.train) == rows_digest(inside.train)
-        assert rows_digest(outside.test) == rows_digest(inside.test)
+        assert outside.train.digest == inside.train.digest
+        assert outside.test.digest == inside.test.digest
         assert outside.declared_patients == inside.declared_patients
         features = FeatureMap(study.dictionary, range_scaling(study.dictionary))
         for part in ("train", "test"):

@@ -43,7 +43,7 @@ def test_steps_equal_pytorch(kind: str, decay: float) -> None:
     weights = start.clone().requires_grad_()
     optimiser = theirs(kind, [weights], decay)
     settings = spec(kind, momentum=0.8, beta2=0.98, weight_decay=decay)
-    moments = Moments.zeros(11)
+    moments = Moments.zeros(ours)
     for step in range(STEPS):
         gradient = slope(ours)
         ours, moments = update(settings, moments, ours, gradient, step=step, learning_rate=0.05)
@@ -55,7 +55,7 @@ def test_steps_equal_pytorch(kind: str, decay: float) -> None:
 
 def test_a_step_leaves_its_arguments_alone() -> None:
     weights, gradient = torch.ones(3), torch.ones(3)
-    update(spec("adam"), Moments.zeros(3), weights, gradient, step=0, learning_rate=1.0)
+    update(spec("adam"), Moments.zeros(weights), weights, gradient, step=0, learning_rate=1.0)
     assert weights.tolist() == gradient.tolist() == [1.0, 1.0, 1.0]
 
 

@@ -18,7 +18,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from client.hospital import Hospital
 from client.rounds import train
 from common.errors import PrivacyError, RefusalError, StudyError
-from common.learning.gradients import GhostNorms, PerRecordGradients, private_gradient
+from common.learning.gradients import (
+    GhostNorms,
+    PerRecordGradients,
+    clipped_sum,
+    private_gradient,
+)
 from common.learning.records import Records
 from common.privacy.accounting import GaussianEvent, calibrate, epsilon
 from common.privacy.budget import budget_of
@@ -316,8 +321,8 @@ def test_a_mean_over_the_batch_is_no_loss(engine: Callable[..., GhostNorms]) -> 
     model = nn.Linear(4, 2)
     made, records = engine(model, nn.functional.cross_entropy), some_records()
     with pytest.raises(ValueError, match="one loss per record"):
-        made.clipped_sum(
-            get_vector(model), records.inputs, records.targets, records.owners, 6, plan()
+        clipped_sum(
+            made, get_vector(model), records.inputs, records.targets, records.owners, 6, plan()
         )
 
 

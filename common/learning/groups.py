@@ -1,0 +1,64 @@
+"""Which rows belong to whom: K groups of consecutive rows, each of a size of its own.
+
+Records of many hospitals travel through one model as one batch. Layers without weights of their
+own need not know; those with a weight for each hospital see the rows as K blocks of equal length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class Groups:
+    """``sizes`` [K]: how many rows each group has, in the order of the rows; 0 is a size too."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        self.sizes = sizes
+        self.rows = sum(sizes)
+        self.longest = max(sizes, default=0)
+        self._even = self.rows == self.longest * len(sizes)
+
+    def __len__(self) -> int:
+        """K."""
+        return len(self.sizes)
+
+    @cached_property
+    def of_rows(self) -> Tensor:
+        """The group of each row [rows]."""
+        return torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
+
+    def bounds(self) -> Iterator[tuple[int, int]]:
+        """First row and the one after the last, group by group."""
+        start = 0
+        for size in self.sizes:
+            yield start, start + size
+            start += size
+
+    def blocks(self, values: Tensor) -> Tensor:
+        """``values`` [rows, …] as [K, longest, …]: short groups are filled up with zeros.
+
+        >>> Groups((1, 2)).blocks(torch.tensor([7.0, 8.0, 9.0]))
+        tensor([[7., 0.],
+                [8., 9.]])
+        """
+        shape = (len(self.sizes), self.longest, *values.shape[1:])
+        if self._even:
+            return values.reshape(shape)
+        filled = values.new_zeros(len(self.sizes) * self.longest, *values.shape[1:])
+        return filled.index_copy_(0, self._places, values).view(shape)
+
+    def unblocked(self, blocks: Tensor) -> Tensor:
+        """``blocks`` [K, longest, …] as rows [rows, …] again."""
+        flat = blocks.reshape(len(self.sizes) * self.longest, *blocks.shape[2:])
+        return flat if self._even else flat.index_select(0, self._places)
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """The place of each row among K · longest [rows]."""
+        sizes = torch.tensor(self.sizes)
+        skipped = torch.arange(len(self.sizes)) * self.longest - (torch.cumsum(sizes, 0) - sizes)
+        return torch.arange(self.rows) + skipped[self.of_rows]

@@ -1,0 +1,336 @@
+"""The stacked engine: a round of many hospitals as a few batches.
+
+A backend of the in-process grid (see ``grid``). Messages that ask hospitals to train are taken
+together: each hospital is asked, charged and given its own noise as ever, and then their local
+steps run as one, with weights [K, d] (see ``stacked``). Everything else, and whatever cannot be
+stacked, goes to the one-by-one backend, with which the results agree to rounding.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+
+import numpy as np
+import torch
+from flwr.app import Message
+from torch import Tensor
+
+from client.app import failure
+from client.guard import MemoryGuard
+from client.hospital import Hospital, units_of
+from client.rounds import check_same_study, training_release, training_request, training_round
+from client.training import Assignment
+from common.errors import ConsiliumError, RefusalError
+from common.flower import pack, unpack
+from common.learning.gradients import choose_engine
+from common.learning.groups import Groups
+from common.learning.loop import Gradient
+from common.learning.records import Records
+from common.randomness import Stream
+from common.tables import concatenate
+from common.tensors import digest_tensors
+from common.wire import TrainReply, TrainTask
+from simulations.grid import Backend
+from simulations.stacked import can_stack, stacked
+from simulations.tiles import tile_size
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Everybody's records: ``inputs`` and ``targets`` [rows, …] of all hospitals in a row.
+
+    ``records``: each node's part of them, and ``first``: its first row among them.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    records: dict[int, Records]
+    first: dict[int, int]
+
+    @cached_property
+    def fills_up(self) -> bool:
+        """Whether samples are filled up to one size: a row of a table costs less than moving it.
+
+        Only where patients have one record each, whose order is then that of the rows.
+        """
+        return self.inputs.dim() == 2 and all(one.one_each for one in self.records.values())
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One hospital in a batch: its node, what it declares, and its noise of this release."""
+
+    node: int
+    declared: int
+    stream: Stream
+
+
+class StackedEngine:
+    """A backend over ``hospitals``, which node 1 is the first of.
+
+    ``one_by_one`` answers what is not stacked. ``memory_bytes`` caps what a batch may take;
+    ``tile`` sets the hospitals of a batch by hand. ``debug`` lets the first failure through.
+    """
+
+    def __init__(
+        self,
+        hospitals: Sequence[Hospital],
+        one_by_one: Backend,
+        *,
+        memory_bytes: int | None = None,
+        tile: int | None = None,
+        debug: bool = False,
+    ) -> None:
+        self._hospitals = hospitals
+        self._one_by_one = one_by_one
+        self._memory_bytes = memory_bytes
+        self._tile = tile
+        self._debug = debug
+        self._cohort: tuple[str, Cohort] | None = None
+        self._said: set[str] = set()
+
+    def __call__(self, messages: list[Message]) -> Iterator[Message]:
+        """A reply to each message, in their order."""
+        for _, run in groupby(
+            messages, key=lambda one: (one.metadata.message_type, id(one.content))
+        ):
+            batch = list(run)
+            if batch[0].metadata.message_type == "train":
+                yield from self._train(batch)
+            else:
+                yield from self._one_by_one(batch)
+
+    def _train(self, messages: list[Message]) -> Iterator[Message]:
+        first = self._hospital(messages[0])
+        task = unpack(TrainTask, messages[0].content)
+        try:
+            check_same_study(first, task.study_digest)
+            assignment = training_round(first.study, task)
+        except RefusalError:
+            yield from self._one_by_one(messages)  # each hospital refuses for itself
+            return
+        if obstacle := self._obstacle(assignment, messages):
+            self._say_once(obstacle)
+            yield from self._one_by_one(messages)
+            return
+        cohort = self._encoded(assignment, task)
+        request = training_request(task)
+        tile = self._tile or tile_size(
+            assignment, list(cohort.records.values()), memory_bytes=self._memory_bytes
+        )
+        for start in range(0, len(messages), tile):
+            yield from self._together(assignment, messages[start : start + tile], cohort, request)
+
+    def _together(
+        self,
+        assignment: Assignment,
+        messages: list[Message],
+        cohort: Cohort,
+        request: str,
+    ) -> Iterator[Message]:
+        """Replies of one batch of hospitals; one that refuses is left out of it."""
+        lanes: dict[int, Lane] = {}
+        refusals: dict[int, ConsiliumError] = {}
+        for message in messages:
+            node = message.metadata.dst_node_id
+            hospital = self._hospital(message)
+            units = cohort.records[node].units
+            assert isinstance(hospital.guard, MemoryGuard)  # noqa: S101  (see _obstacle)
+            try:
+                asked = training_release(hospital, assignment, hospital.train, units, request)
+                stream = hospital.guard.charge(asked)
+            except ConsiliumError as error:
+                if self._debug:
+                    raise
+                refusals[node] = error
+            else:
+                lanes[node] = Lane(node, hospital.declared_patients, stream)
+        updates = dict(
+            zip(lanes, updates_of(assignment, cohort, list(lanes.values())), strict=True)
+        )
+        for message in messages:
+            node = message.metadata.dst_node_id
+            if node in refusals:
+                yield Message(failure(refusals[node]), reply_to=message)
+                continue
+            reply = TrainReply(
+                hospital=self._hospital(message).name,
+                stage=assignment.stage,
+                round=assignment.round,
+                update=updates[node],
+            )
+            yield Message(pack(reply), reply_to=message)
+
+    def _obstacle(self, assignment: Assignment, messages: list[Message]) -> str | None:
+        """Why this round is not stacked; None when it is."""
+        hospitals = [self._hospital(message) for message in messages]
+        if any(one.study is not assignment.study for one in hospitals):
+            return "hospitals hold different copies of the study"
+        if any(not isinstance(one.guard, MemoryGuard) for one in hospitals):
+            return "hospitals keep ledgers of their own"
+        if not can_stack(assignment.model):
+            return f"{type(assignment.model).__name__} has a layer without a stacked rule"
+        return None
+
+    def _encoded(self, assignment: Assignment, task: TrainTask) -> Cohort:
+        """Everybody's records, encoded once a stage."""
+        key = f"{assignment.stage} {digest_tensors({'scaling': task.scaling})}"
+        if assignment.teacher is not None:
+            key += digest_tensors(task.teacher)
+        if self._cohort is None or self._cohort[0] != key:
+            self._cohort = (key, encode_together(assignment, self._hospitals))
+        return self._cohort[1]
+
+    def _hospital(self, message: Message) -> Hospital:
+        return self._hospitals[message.metadata.dst_node_id - 1]
+
+    def _say_once(self, obstacle: str) -> None:
+        if obstacle not in self._said:
+            self._said.add(obstacle)
+            _logger.warning("one by one, not stacked: %s", obstacle)
+
+
+def encode_together(assignment: Assignment, hospitals: Sequence[Hospital]) -> Cohort:
+    """The training records of ``hospitals`` (node 1 is the first), encoded as one table."""
+    inputs, targets = assignment.pairs(concatenate([one.train for one in hospitals]))
+    records, first, start = {}, {}, 0
+    for node, hospital in enumerate(hospitals, start=1):
+        owners, units = units_of(hospital.train, assignment.study.privacy.unit)
+        stop = start + len(owners)
+        records[node] = Records(
+            inputs[start:stop], targets[start:stop], torch.from_numpy(owners), units
+        )
+        first[node], start = start, stop
+    return Cohort(inputs, targets, records, first)
+
+
+def updates_of(assignment: Assignment, cohort: Cohort, lanes: Sequence[Lane]) -> Tensor:
+    """How each hospital's local steps move its weights [K, d]; all steps taken together."""
+    start = assignment.start.expand(len(lanes), -1)
+    if not lanes:
+        return start
+    make = _private if assignment.charge.plan.private else _plain
+    return assignment.descend(make(assignment, cohort, lanes), start) - start
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The records of one step of all lanes.
+
+    ``owners`` [rows]: units, counted over all lanes. ``present`` [units]: False where a unit only
+    fills its lane up; None where all are real.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    owners: Tensor
+    rows: Groups
+    units: Groups
+    present: Tensor | None = None
+
+
+def draw(assignment: Assignment, cohort: Cohort, lanes: Sequence[Lane]) -> Batch:
+    """One Poisson sample of each lane, from its own stream, in the order of the twin's draws."""
+    return (_draw_even if cohort.fills_up else _draw_ragged)(assignment, cohort, lanes)
+
+
+def _draw_ragged(assignment: Assignment, cohort: Cohort, lanes: Sequence[Lane]) -> Batch:
+    plan = assignment.charge.plan
+    chosen, owned, rows_each, units_each, before = [], [], [], [], 0
+    for lane in lanes:
+        records = cohort.records[lane.node]
+        units = plan.sample(lane.stream, records.units)
+        rows, owners = records.rows_of(units, plan.records_per_unit, lane.stream)
+        chosen.append(rows + cohort.first[lane.node])
+        owned.append(owners + before)
+        rows_each.append(len(rows))
+        units_each.append(len(units))
+        before += len(units)
+    rows = torch.cat(chosen)
+    return Batch(
+        inputs=cohort.inputs[rows],
+        targets=cohort.targets[rows],
+        owners=torch.cat(owned),
+        rows=Groups(tuple(rows_each)),
+        units=Groups(tuple(units_each)),
+    )
+
+
+def _draw_even(assignment: Assignment, cohort: Cohort, lanes: Sequence[Lane]) -> Batch:
+    """The same, all at once, every lane filled up with empty records to the longest one."""
+    units = np.array([cohort.records[lane.node].units for lane in lanes])
+    drawn = np.flatnonzero(
+        assignment.charge.plan.sample_each([lane.stream for lane in lanes], units.tolist())
+    )
+    lane_of = np.repeat(np.arange(len(lanes)), units)[drawn]
+    sizes = np.bincount(lane_of, minlength=len(lanes))
+    longest = int(sizes.max())
+    ahead = np.array([cohort.first[lane.node] for lane in lanes]) - (np.cumsum(units) - units)
+    rows = torch.from_numpy(drawn + ahead[lane_of])
+    rank = np.arange(len(drawn)) - (np.cumsum(sizes) - sizes)[lane_of]
+    places = torch.from_numpy(lane_of * longest + rank)
+    whole = len(lanes) * longest
+
+    def filled(values: Tensor) -> Tensor:
+        room = values.new_zeros(whole, *values.shape[1:])
+        return room.index_copy_(0, places, values[rows])
+
+    groups = Groups((longest,) * len(lanes))
+    present = torch.zeros(whole).index_fill_(0, places, 1.0)
+    owners = torch.arange(whole)
+    return Batch(filled(cohort.inputs), filled(cohort.targets), owners, groups, groups, present)
+
+
+def _private(assignment: Assignment, cohort: Cohort, lanes: Sequence[Lane]) -> Gradient:
+    """Each lane's noised mean gradient [K, d] at its own weights."""
+    plan, model = assignment.charge.plan, assignment.model
+    expected = _expected_units(assignment, lanes)
+    streams = [lane.stream for lane in lanes]
+    mine = [cohort.records[lane.node] for lane in lanes]
+    # A single hospital with several records a patient decides for all of its batch.
+    typical = next((one for one in mine if not one.one_each), mine[0])
+    each = choose_engine(model, assignment.loss, typical)
+    each.check(cohort.inputs)
+
+    def gradient(weights: Tensor) -> Tensor:
+        batch = draw(assignment, cohort, lanes)
+        with stacked(model, weights, batch.rows):
+            sums = each.clipped_sums(
+                batch.inputs, batch.targets, batch.owners, batch.units, plan, batch.present
+            )
+        return plan.noised_each(sums, streams).div_(expected)
+
+    return gradient
+
+
+def _plain(assignment: Assignment, cohort: Cohort, lanes: Sequence[Lane]) -> Gradient:
+    """The same means without clip and noise, for the comparison."""
+    expected = _expected_units(assignment, lanes)
+    model, loss = assignment.model, assignment.loss
+
+    def gradient(weights: Tensor) -> Tensor:
+        batch = draw(assignment, cohort, lanes)
+        if not batch.rows.rows:
+            return torch.zeros_like(weights)
+        share = 1.0 / torch.bincount(batch.owners)[batch.owners].float()
+        if batch.present is not None:
+            share = share * batch.present
+        own = weights.detach().clone().requires_grad_()
+        with stacked(model, own, batch.rows):
+            losses = loss(model(batch.inputs), batch.targets)
+        (found,) = torch.autograd.grad((losses * share).sum(), own)
+        return found.div_(expected)
+
+    return gradient
+
+
+def _expected_units(assignment: Assignment, lanes: Sequence[Lane]) -> Tensor:
+    """The public number each lane divides by [K, 1]."""
+    rate = assignment.charge.plan.sampling_rate
+    return torch.tensor([[lane.declared * rate] for lane in lanes])
