@@ -156,6 +156,7 @@ def _vector(
         table,
         units,
         round_number=task.round,
+        attempt=task.attempt,
         request=request_digest("aggregate", terms.digest.hex()),
     )
     # Two sums of one round differ by a hospital's vector: each attempt has noise, and cost, of its

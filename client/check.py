@@ -14,6 +14,7 @@ from pathlib import Path
 
 from client.approvals import approved_study, study_folders
 from client.describe import decision_of
+from client.hospital import own_records
 from client.hospitalfile import PAUSED, HospitalFile, load_hospital_file
 from client.link import Coordinator, connect
 from client.linkfolder import LinkFolder, days_left, mutual_context
@@ -23,7 +24,6 @@ from common.auditlog import utc_now, verify_log
 from common.checkpoint import Checkpoint, verify_log_against
 from common.errors import ConsiliumError, DataError, LinkError, SecretError
 from common.secretfiles import WrappingKey, check_private
-from common.tables import read_table
 
 TOLERATED_OFFSET_S = 60.0
 _LEAST_DISK = 2**30
@@ -163,7 +163,7 @@ class Examination:
             if decision_of(place, safe) != "approved":
                 continue
             study, _ = approved_study(self.folder, place.digest, safe.identity, safe.log)
-            table = read_table(settings.source_of(study), study.dictionary, self.folder)
+            table = own_records(settings, study, self.folder, safe.dates_key)
             missing = sum(column.missing for column in table.report.columns)
             odd = sum(one.out_of_range + one.unmapped for one in table.report.columns)
             lines.append(

@@ -15,7 +15,7 @@ from typing import Any
 
 from client.approvals import StudyFolder, keys_of, standing_answer
 from client.consent import read_withdrawals
-from client.hospital import split_patients
+from client.hospital import own_records, split_patients
 from client.hospitalfile import HospitalFile, load_hospital_file
 from client.ledger import Ledger
 from client.ledger_records import Entry
@@ -28,7 +28,7 @@ from common.privacy.accounting import GaussianEvent
 from common.privacy.budget import Charge, budget_of, evaluation_charge
 from common.privacy.units import Trust
 from common.study import Study, load_study
-from common.tables import Table, read_table
+from common.tables import Table
 
 _QUIET = "hours.quiet"  # when rounds run is not a matter of approval
 
@@ -51,7 +51,7 @@ def describe_study(folder: Path, place: StudyFolder, safe: Safe, now: datetime) 
     """All an operator should know before a decision, as plain values."""
     study = load_study(place.study)
     settings = load_hospital_file(folder)
-    data, tables = _data(folder, settings, study)
+    data, tables = _data(folder, settings, study, safe)
     refusals = rehearse(study, safe, tables, now)
     offered = place.offered()
     return {
@@ -220,11 +220,11 @@ def _patients(safe: Safe, policy: Policy, tables: tuple[Table, Table] | None) ->
 
 
 def _data(
-    folder: Path, settings: HospitalFile, study: Study
+    folder: Path, settings: HospitalFile, study: Study, safe: Safe
 ) -> tuple[dict[str, Any], tuple[Table, Table] | None]:
     """The hospital's own data against the dictionary, for its operator's eyes only."""
     try:
-        table = read_table(settings.source_of(study), study.dictionary, folder)
+        table = own_records(settings, study, folder, safe.dates_key)
         parts = split_patients(table, study.evaluation, seed=study.seed, name=settings.name)
     except ConsiliumError as error:
         return {"fits": False, "problem": str(error)}, None

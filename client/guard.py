@@ -38,7 +38,7 @@ _SLACK = 1e-9
 class Release:
     """What is about to leave, and all it depends on.
 
-    ``request``: digest over the study, stage, round and incoming models: public.
+    ``request``: digest over the study, stage, round, attempt and incoming models: public.
     ``rows``: digest over the very rows used: secret, since who knows all patients but one could
     guess the last; it only ever enters keyed hashes.
     ``pool``: which patients are charged, ``train`` or ``test``; they never overlap.
@@ -53,6 +53,7 @@ class Release:
     task: str
     stage: str
     round: int
+    attempt: int
     request: str
     rows: str = field(repr=False)
     pool: str
@@ -250,7 +251,7 @@ def noise_stream(noise: NoiseSource, asked: Release, request: str, attempt: int 
     """
     if noise.is_secret:
         return noise.stream(asked.stage, asked.round, request, attempt)
-    return noise.stream(asked.study_digest, asked.stage, asked.round)
+    return noise.stream(asked.study_digest, asked.stage, asked.round, asked.attempt)
 
 
 def refuse_beyond_study(spent: Sequence[GaussianEvent], asked: Release) -> None:

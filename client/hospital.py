@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,15 +15,17 @@ from numpy.typing import NDArray
 
 from client.approvals import approved_study, laid_out_study
 from client.guard import Guard, LedgerGuard, MemoryGuard
-from client.hospitalfile import PAUSED, load_hospital_file
-from client.safe import Safe, open_safe
+from client.hospitalfile import PAUSED, HospitalFile, load_hospital_file
+from client.safe import DATES_PURPOSE, Safe, open_safe
+from client.sources.reading import read_records
 from common.errors import DataError, RefusalError
 from common.identity import PublicIdentity
 from common.privacy.units import PrivacyUnit
 from common.randomness import NoiseSource, SecretNoise, SeededNoise
 from common.secagg import AggregationPolicy
+from common.secretfiles import derive
 from common.study import EvaluationSpec, Study
-from common.tables import Table, read_table
+from common.tables import Table
 
 if TYPE_CHECKING:
     from client.aggregation import Aggregator
@@ -64,8 +66,13 @@ def open_hospital(folder: Path, digest: str) -> Iterator[Hospital]:
     """
     settings = load_hospital_file(folder)
 
-    def with_guard(study: Study, guard: Guard, aggregator: Aggregator | None = None) -> Hospital:
-        table = read_table(settings.source_of(study), study.dictionary, folder)
+    def with_guard(
+        study: Study,
+        guard: Guard,
+        dates: Callable[[], bytes],
+        aggregator: Aggregator | None = None,
+    ) -> Hospital:
+        table = own_records(settings, study, folder, dates)
         train, test = split_patients(table, study.evaluation, seed=study.seed, name=settings.name)
         return Hospital(
             name=settings.name,
@@ -82,7 +89,11 @@ def open_hospital(folder: Path, digest: str) -> Iterator[Hospital]:
     if not settings.safe:
         noise: NoiseSource = test_noise or SecretNoise(_key(folder / "noise.key"))
         study = laid_out_study(folder, digest)
-        yield with_guard(study, MemoryGuard(noise, is_lasting=False))
+        yield with_guard(
+            study,
+            MemoryGuard(noise, is_lasting=False),
+            lambda: simulated_dates_key(folder),
+        )
         return
     if (folder / PAUSED).exists():
         raise RefusalError(
@@ -92,7 +103,25 @@ def open_hospital(folder: Path, digest: str) -> Iterator[Hospital]:
     with open_safe(folder / settings.safe) as safe:
         study, pinned = approved_study(folder, digest, safe.identity, safe.log)
         guard = LedgerGuard(safe, test_noise or safe.noise())
-        yield with_guard(study, guard, _aggregator(settings.name, safe, pinned))
+        yield with_guard(study, guard, safe.dates_key, _aggregator(settings.name, safe, pinned))
+
+
+def simulated_dates_key(folder: Path) -> bytes:
+    """The same for a hospital without a safe: beside its data, as its noise key is."""
+    return derive(_key(folder / "noise.key"), DATES_PURPOSE)
+
+
+def own_records(
+    settings: HospitalFile, study: Study, folder: Path, dates: Callable[[], bytes]
+) -> Table:
+    """The hospital's records for a study. ``dates``: gives the key that dates are shifted by."""
+    return read_records(
+        settings.source_of(study),
+        study.dictionary,
+        folder,
+        rules=settings.deidentify,
+        secret=dates,
+    )
 
 
 def _aggregator(name: str, safe: Safe, pinned: Mapping[str, PublicIdentity]) -> Aggregator | None:

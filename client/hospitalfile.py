@@ -8,10 +8,11 @@ from typing import Annotated
 
 from pydantic import Field
 
+from client.sources.deidentify import DeidentificationRules
+from client.sources.specs import HospitalSource
 from common.enrolment import HospitalName
 from common.errors import DataError
 from common.secretfiles import replace_file
-from common.sources import SourceSpec
 from common.strict import Strict, parse_strict
 from common.study import Study
 
@@ -30,15 +31,20 @@ _TEMPLATE = """\
 # The folder with keys, policy, ledger and log; "." is this one.
 safe = "."
 
-# The table of records; a path is relative to this file. Columns are named by each study's
-# dictionary; `rename` and `recode` translate your file's words into the dictionary's.
+# The records: csv, parquet, npz, sql, omop, fhir, dicom or images; see docs/sources.md and the
+# examples in deploy/examples/hospitals/. A path is relative to this file. Columns are named by each
+# study's dictionary; `rename`, `recode` and `units` translate your words into the dictionary's.
 # [source]
 # kind = "csv"
 # path = "export.csv"
 # rename = { age = "age_years" }
 # recode = { sex = { "F" = 0, "M" = 1 } }
 
-# Another table for one study, by the study's name.
+# Direct identifiers are never read, dates are shifted, ages over 89 are capped; more of your own:
+# [deidentify]
+# drop = ["ward_*"]
+
+# Another source for one study, by the study's name.
 # [sources.heart]
 # kind = "csv"
 # path = "heart.csv"
@@ -48,7 +54,8 @@ safe = "."
 class HospitalFile(Strict):
     """``hospital.toml``.
 
-    ``source``: the table of records; ``sources``: another one for studies of these names.
+    ``source``: the records; ``sources``: others for studies of these names. ``deidentify`` adds to
+    what is removed before anything else sees a row.
     ``safe``: the folder made by `consilium hospital init`, with keys, policy, ledger and log. Left
     out, the hospital is a simulated one: it answers to any study laid out for it, its noise key
     lies beside this file, nothing it spends is remembered, and the privacy statement says that
@@ -59,14 +66,21 @@ class HospitalFile(Strict):
 
     name: HospitalName
     declared_patients: int = Field(ge=1)
-    source: SourceSpec
-    sources: dict[str, SourceSpec] = {}
+    source: HospitalSource
+    sources: dict[str, HospitalSource] = {}
+    deidentify: DeidentificationRules = DeidentificationRules()
     safe: str = ""
     test_noise_seed: Annotated[int, Field(ge=0)] | None = None
 
-    def source_of(self, study: Study) -> SourceSpec:
+    def source_of(self, study: Study) -> HospitalSource:
         """Where the records for ``study`` are."""
         return self.sources.get(study.name, self.source)
+
+    def secret_variables(self) -> set[str]:
+        """The environment variables that hold passwords of its databases."""
+        sources = (self.source, *self.sources.values())
+        passwords = (getattr(one, "password", None) for one in sources)
+        return {one.env for one in passwords if one is not None and one.env}
 
 
 def load_hospital_file(folder: Path) -> HospitalFile:

@@ -58,7 +58,9 @@ def statistics(hospital: Hospital, task: StatisticsTask) -> StatisticsReply:
         return _noised_sum(charge.plan, moments_by_unit(hospital, table), stream)
 
     request = request_digest("statistics", task.study_digest, task.attempt)
-    asked = release_of(hospital, charge, table, units, round_number=0, request=request)
+    asked = release_of(
+        hospital, charge, table, units, round_number=0, request=request, attempt=task.attempt
+    )
     sums = hospital.guard.release(asked, compute)
     return StatisticsReply(hospital=hospital.name, sums=sums.reshape(-1, 3))
 
@@ -102,7 +104,13 @@ def training_release(
 ) -> Release:
     """The facts on which the hospital's guard decides whether its update may leave."""
     return release_of(
-        hospital, assignment.charge, table, units, round_number=assignment.round, request=request
+        hospital,
+        assignment.charge,
+        table,
+        units,
+        round_number=assignment.round,
+        request=request,
+        attempt=assignment.attempt,
     )
 
 
@@ -177,7 +185,14 @@ def check_same_study(hospital: Hospital, digest: str) -> None:
 
 
 def release_of(
-    hospital: Hospital, charge: Charge, table: Table, units: int, *, round_number: int, request: str
+    hospital: Hospital,
+    charge: Charge,
+    table: Table,
+    units: int,
+    *,
+    round_number: int,
+    request: str,
+    attempt: int = 0,
 ) -> Release:
     """The facts on which the hospital's guard decides."""
     study, plan = hospital.study, charge.plan
@@ -191,6 +206,7 @@ def release_of(
         task=study.task,
         stage=charge.stage,
         round=round_number,
+        attempt=attempt,
         request=request,
         rows=table.digest,
         pool="test" if testing else "train",

@@ -33,6 +33,7 @@ from common.randomness import SecretNoise
 from common.secretfiles import (
     KEY_BYTES,
     WrappingKey,
+    derive,
     read_secret,
     replace_file,
     write_secret,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 _LEDGER_PURPOSE = "ledger secret"
 _NOISE_PURPOSE = "noise key"
+DATES_PURPOSE = "shift of dates"
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,11 @@ class Safe:
         from client.attempts import SessionFolder  # noqa: PLC0415 (it loads torch)
 
         return SessionFolder(self.folder.path / "sessions", self._key)
+
+    def dates_key(self) -> bytes:
+        """What each patient's dates are shifted by, derived; the same as long as the ledger is."""
+        path = self.folder.path / "ledger.secret"
+        return derive(read_secret(path, key=self._key, purpose=_LEDGER_PURPOSE), DATES_PURPOSE)
 
     def noise(self) -> SecretNoise:
         """The source of all this hospital's noise; its use is logged."""

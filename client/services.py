@@ -15,10 +15,11 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from client.hospitalfile import load_hospital_file
 from common.environ import QUIET_SERVICE
 from common.errors import RunError
 from common.loopback import make_loopback_certificate
@@ -61,7 +62,9 @@ def outer_services(wiring: Wiring, check_stop: Callable[[], None]) -> list[Servi
     """The way to the coordinator. ``check_stop`` may raise, to end a start that is under way."""
     folder, run, logs = wiring.folder, wiring.folder / "run", wiring.folder / "logs"
     descriptor = wiring.tunnel.fileno()
-    environ = dict(os.environ) | QUIET_SERVICE
+    # Only the runner reads records, so only it may know the password of their database.
+    of_data = load_hospital_file(folder).secret_variables()
+    environ = _without(of_data, os.environ) | QUIET_SERVICE
     tunnel = Service(
         name=TUNNEL,
         argv=(
@@ -93,7 +96,7 @@ def outer_services(wiring: Wiring, check_stop: Callable[[], None]) -> list[Servi
             *("--superexec-auth-secret-file", str(run / "superexec.secret")),
         ),
         # It carries messages, and has no business with the keys of the safe.
-        environ=_without_secrets(environ) | {"FLWR_HOME": str(run / "flower")},
+        environ=_without(_SECRETS, environ) | {"FLWR_HOME": str(run / "flower")},
         log=logs / "supernode.log",
         pass_fds=(wiring.node_key,),
         ready=ready,
@@ -130,5 +133,5 @@ def _listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environ.items() if name not in _SECRETS}
+def _without(names: Collection[str], environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name not in names}

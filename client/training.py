@@ -41,6 +41,7 @@ class Assignment:
     study: Study
     stage: str
     round: int
+    attempt: int
     charge: Charge
     features: FeatureMap
     model: Teacher | Student
@@ -135,6 +136,7 @@ def read_assignment(study: Study, task: TrainTask | AggregateTask) -> Assignment
         study=study,
         stage=task.stage,
         round=task.round,
+        attempt=task.attempt,
         charge=charge,
         features=features,
         model=model,

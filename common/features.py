@@ -44,7 +44,8 @@ def corpus_scaling(table: Table) -> Scaling:
     """Scaling from public records; a column they leave empty falls back to its range."""
     moments = dict(range_scaling(table.dictionary).moments)
     for name in moments:
-        seen = table.values[name][~np.isnan(table.values[name])]
+        values = table.values[name].astype(np.float64)
+        seen = values[~np.isnan(values)]
         if len(seen) > 1 and seen.std() > 0:
             moments[name] = (float(seen.mean()), float(seen.std()))
     return Scaling(moments)
@@ -79,7 +80,8 @@ def moment_contributions(table: Table) -> Tensor:
     blocks = []
     for column in _numeric(table.dictionary):
         low, high = column.range or (0.0, 1.0)
-        scaled = (table.values[column.name] - (low + high) / 2) / ((high - low) / 2)
+        values = table.values[column.name].astype(np.float64)
+        scaled = (values - (low + high) / 2) / ((high - low) / 2)
         seen = ~np.isnan(scaled)
         scaled = np.where(seen, np.clip(scaled, -1, 1), 0.0)
         blocks.append(np.stack([scaled, scaled**2, seen.astype(np.float64)], axis=1))
@@ -164,6 +166,7 @@ class FeatureMap:
         values = table.values[column.name]
         if column.kind == "numeric":
             mean, std = self.scaling.moments[column.name]
+            values = values.astype(np.float64)
             absent = np.isnan(values)
             scaled = np.clip((values - mean) / std, -_REACH, _REACH)
             block = np.where(absent, 0.0, scaled)[:, None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -33,13 +33,19 @@ def _one_line(model: type[Strict], error: ValidationError) -> str:
     rank = {"extra_forbidden": 0, "missing": 2}
     first = min(error.errors(include_url=False), key=lambda one: rank.get(one["type"], 1))
     location = list(first["loc"])
-    key = " ".join(".".join(str(part) for part in location).split())
+    # pydantic also names the model it chose among several by `kind`; nobody wrote that.
+    written = [
+        part
+        for position, part in enumerate(location)
+        if not isinstance(_at(model, location[:position]), dict)
+    ]
+    key = " ".join(".".join(str(part) for part in written).split())
     found = first.get("input")
     shown = repr(found) if not isinstance(found, dict | list) else f"a {type(found).__name__}"
     kind, context = first["type"], first.get("ctx", {})
     if kind == "extra_forbidden":
-        parent = _model_at(model, location[:-1])
-        known = list(parent.model_fields) if parent else []
+        parent = _at(model, location[:-1])
+        known = list(getattr(parent, "model_fields", {}))
         return f"{key}: unknown key; {nearest(str(location[-1]), known)}"
     if kind in ("literal_error", "enum"):
         choices = [
@@ -51,29 +57,52 @@ def _one_line(model: type[Strict], error: ValidationError) -> str:
         )
     if kind == "missing":
         return f"{key}: missing, and it has no default"
-    if kind == "value_error":
-        return f"{key + ': ' if key else ''}{context['error']}"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        return f"{key}.{_about_tag(context)}"
     message = first["msg"].replace("Input should be", "expected")
-    return f"{key}: {message[0].lower()}{message[1:]}, found {shown}"
+    plain = f"{key}: {message[0].lower()}{message[1:]}, found {shown}"
+    return f"{key + ': ' if key else ''}{context['error']}" if kind == "value_error" else plain
 
 
-def _model_at(model: type[Strict], location: list[str | int]) -> type[Strict] | None:
-    """The model that owns the key at ``location``, followed through tuples and optionals."""
+def _about_tag(context: dict[str, Any]) -> str:
+    """One of several models was meant, told apart by a key such as `kind`."""
+    field = context["discriminator"].strip("'")
+    if "tag" not in context:
+        return f"{field}: missing, and it has no default"
+    choices = [word.strip().strip("'") for word in context["expected_tags"].split(",")]
+    return (
+        f"{field}: expected one of {', '.join(choices)}, found {context['tag']!r}; "
+        f"{nearest(context['tag'], choices)}"
+    )
+
+
+def _at(model: type[Strict], location: list[str | int]) -> Any:
+    """The model that owns the keys at ``location``, followed through tuples and optionals.
+
+    Where several are possible, a dict of them by their ``kind``; None where there is no model.
+    """
     current: Any = model
+    in_table = False
     for part in location:
-        if isinstance(part, int):
-            continue
-        field = getattr(current, "model_fields", {}).get(part)
-        if field is None:
-            return None
-        current = _inner_model(field.annotation)
-    return current if isinstance(current, type) and issubclass(current, Strict) else None
+        if in_table or isinstance(part, int):
+            in_table = False  # a name that the user chose, or a position
+        elif isinstance(current, dict):
+            current = current.get(part)
+        else:
+            field = getattr(current, "model_fields", {}).get(part)
+            current = None if field is None else _model_of(field.annotation)
+            in_table = field is not None and get_origin(field.annotation) is dict
+    return current
 
 
-def _inner_model(annotation: Any) -> Any:
+def _model_of(annotation: Any) -> Any:
+    models = _models_in(annotation)
+    if len(models) < 2:
+        return models[0] if models else None
+    return {one.model_fields["kind"].annotation.__args__[0]: one for one in models}
+
+
+def _models_in(annotation: Any) -> list[Any]:
     if isinstance(annotation, type) and issubclass(annotation, Strict):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        if (inner := _inner_model(argument)) is not None:
-            return inner
-    return None
+        return [annotation]
+    return [one for each in getattr(annotation, "__args__", ()) for one in _models_in(each)]

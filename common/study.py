@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from common.dictionary import Dictionary
 from common.errors import StudyError
 from common.privacy.units import PrivacyUnit, Relation, Trust
-from common.sources import SourceSpec
+from common.sources import SourceSpec, TableSource
 from common.strict import Strict, parse_strict
 
 Positive = Annotated[float, Field(gt=0)]
@@ -113,14 +113,14 @@ class PublicSpec(Strict):
     """The public corpus: records with no privacy claim, and without labels.
 
     ``held_apart``: a simulation sets this fraction of patients aside before the hospitals exist.
-    ``file``: a data file at the coordinator, read by the study's dictionary.
+    ``file``: a table at the coordinator (csv, parquet or npz), read by the study's dictionary.
     ``dictionary``: records drawn from the dictionary's ranges alone; no patient at all.
     """
 
     kind: Literal["held_apart", "file", "dictionary"] = "dictionary"
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     records: Count = 512
-    source: SourceSpec | None = None
+    source: TableSource | None = None
 
     @model_validator(mode="after")
     def _file_has_source(self) -> Self:

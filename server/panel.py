@@ -124,13 +124,14 @@ class Panel:
             sums = found.values.reshape(-1, 3)
             return Moments(sums.float(), found.noise_std, len(found.hospitals))
         task, shape = StatisticsTask(study_digest=self.study.digest(), attempt=0), (length // 3, 3)
-        total, hospitals = torch.zeros(shape), 0
+        running = rules.Accumulator.empty(length)
         for reply in self._ask(
             "statistics", task, StatisticsReply, lambda reply: reply.sums.shape == shape
         ):
-            total, hospitals = total + reply.sums, hospitals + 1
+            running = running.add(reply.sums.reshape(-1), 1.0)
         noise_std = stage_charge(self.study, "statistics").plan.noise_std
-        return Moments(total, noise_std * math.sqrt(hospitals), hospitals)
+        sums = running.total().reshape(shape).float()
+        return Moments(sums, noise_std * math.sqrt(running.hospitals), running.hospitals)
 
     def histograms(self, task: EvaluateTask) -> list[Histogram]:
         """Test patients' scores: one histogram a hospital, or a single one of all together.
@@ -148,11 +149,12 @@ class Panel:
             counts = found.values.reshape(shape)
             return [Histogram(found.hospitals, counts, found.noise_std)]
         noise_std = stage_charge(study, "evaluate").plan.noise_std
+        replies = self._ask(
+            "evaluate", task, EvaluateReply, lambda reply: reply.histogram.shape == shape
+        )
         return [
             Histogram((reply.hospital,), reply.histogram, noise_std)
-            for reply in self._ask(
-                "evaluate", task, EvaluateReply, lambda reply: reply.histogram.shape == shape
-            )
+            for reply in sorted(replies, key=lambda one: one.hospital)
         ]
 
     @property

@@ -13,32 +13,46 @@ from torch import Tensor
 
 from common.study import FederationSpec
 
+# Numbers are split at fixed places, whatever they are summed with (Demmel & Nguyen 2013): multiples
+# of 2⁻¹⁴ up to 2³⁷, and what is left of them as multiples of 2⁻⁴⁸. Adding and taking away a number
+# whose last digit is worth that much rounds to it.
+_COARSE, _FINE = 1.5 * 2.0**38, 1.5 * 2.0**4
+
 
 @dataclass(frozen=True)
 class Accumulator:
-    """The weighted sum of the updates seen so far, in float64 [d].
+    """The weighted sum of the updates seen so far [d], bit for bit the same in any order.
 
-    In float64 the order of arrival changes the mean of float32 updates by less than their own
-    rounding, so that engines with different timing agree.
+    Both parts of it are sums without rounding, of up to a million updates.
     """
 
-    total: Tensor
+    coarse: Tensor
+    fine: Tensor
     weight: float
     hospitals: int
 
     @classmethod
     def empty(cls, size: int) -> Accumulator:
         """Nothing seen yet."""
-        return cls(torch.zeros(size, dtype=torch.float64), 0.0, 0)
+        zeros = torch.zeros(size, dtype=torch.float64)
+        return cls(zeros, zeros.clone(), 0.0, 0)
 
     def add(self, update: Tensor, weight: float) -> Accumulator:
         """With one more update [d]. Reuses the sum's memory: the old accumulator is spent."""
-        self.total.add_(update.double(), alpha=weight)
-        return Accumulator(self.total, self.weight + weight, self.hospitals + 1)
+        rest = update.to(torch.float64, copy=True).mul_(weight)
+        part = rest.add(_COARSE).sub_(_COARSE)
+        self.coarse.add_(part)
+        self.fine.add_(rest.sub_(part).add_(_FINE).sub_(_FINE))
+        return Accumulator(self.coarse, self.fine, self.weight + weight, self.hospitals + 1)
+
+    def total(self) -> Tensor:
+        """The weighted sum [d]."""
+        return self.coarse + self.fine
 
     def mean(self) -> Tensor:
         """The weighted mean update [d]; zero if nothing came."""
-        return (self.total / self.weight if self.weight else self.total).float()
+        total = self.total()
+        return (total / self.weight if self.weight else total).float()
 
 
 @dataclass(frozen=True)

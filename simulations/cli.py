@@ -23,6 +23,7 @@ from common.errors import ConsiliumError, StudyError, nearest
 from common.study import Study, load_study
 from server.cli import coordinator_app
 from simulations.audit_cli import audit_app
+from simulations.data_cli import data_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,11 +36,6 @@ study_app = typer.Typer(
     no_args_is_help=True,
     help="Study files.",
     epilog="Example: consilium study check deploy/examples/heart.toml",
-)
-data_app = typer.Typer(
-    no_args_is_help=True,
-    help="Data against a study's dictionary.",
-    epilog="Example: consilium data check study.toml --data FOLDER",
 )
 app.add_typer(study_app, name="study", rich_help_panel="Researcher")
 app.add_typer(data_app, name="data", rich_help_panel="Researcher")
@@ -247,23 +243,6 @@ def study_check(study: StudyArgument, as_json: JsonOption = False) -> None:
 
     facts = describe(_load(study, None))
     _emit(as_json, facts, "\n".join(describe_lines(facts)))
-
-
-@data_app.command(
-    "check", epilog="Example: consilium data check deploy/examples/heart.toml --data FOLDER"
-)
-def data_check(
-    study: StudyArgument, data: DataOption = Path(), as_json: JsonOption = False
-) -> None:
-    """Report missing, out-of-range and unmapped values at each hospital."""
-    from simulations.describe import check_data, data_tables
-
-    reports = check_data(_load(study, None), data)
-    if as_json:
-        _emit(True, reports, "")
-        return
-    for table in data_tables(reports):
-        Console().print(table)
 
 
 def main() -> None:

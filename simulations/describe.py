@@ -6,8 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table as RichTable
-
+from client.sources.reading import read_public
 from common.errors import StudyError
 from common.features import FeatureMap, range_scaling
 from common.models import build_student, build_teacher, count_parameters
@@ -15,7 +14,6 @@ from common.privacy.budget import budget_of, evaluation_budget_of
 from common.privacy.units import Trust
 from common.secagg.plan import check_sums
 from common.study import Study
-from common.tables import read_table
 
 
 def promise(study: Study) -> str:
@@ -91,31 +89,11 @@ def check_data(study: Study, folder: Path) -> dict[str, Any]:
     if spec is None:
         raise StudyError(
             f"{study.name}: has no [simulation] section that says where data are; "
-            f"a hospital checks its own with `consilium hospital check`"
+            f"a hospital checks its own with --hospital FOLDER"
         )
     if spec.source is not None:
-        return {"all": asdict(read_table(spec.source, study.dictionary, folder).report)}
+        return {"all": asdict(read_public(spec.source, study.dictionary, folder).report)}
     return {
-        one.name: asdict(read_table(one.source, study.dictionary, folder).report)
+        one.name: asdict(read_public(one.source, study.dictionary, folder).report)
         for one in spec.hospital
     }
-
-
-def data_tables(reports: dict[str, Any]) -> list[Any]:
-    """One table a hospital, with its problems in words under it."""
-    shown: list[Any] = []
-    for name, report in reports.items():
-        table = RichTable(
-            title=f"{name}: {report['rows']} rows, {report['patients']} patients, "
-            f"{report['unlabelled']} without a known label"
-        )
-        table.add_column("column")
-        for heading in ("missing", "out of range", "unmapped"):
-            table.add_column(heading, justify="right")
-        for column in report["columns"]:
-            counts = (column["missing"], column["out_of_range"], column["unmapped"])
-            if any(counts):
-                table.add_row(column["name"], *(str(count) if count else "·" for count in counts))
-        shown.append(table if table.row_count else f"{name}: {report['rows']} rows, all in order")
-        shown += [f"  {problem}" for problem in report["problems"]]
-    return shown

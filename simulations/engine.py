@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 
@@ -24,19 +25,20 @@ from client.guard import MemoryGuard
 from client.hospital import Hospital, units_of
 from client.rounds import check_same_study, training_release, training_request, training_round
 from client.training import Assignment
-from common.errors import ConsiliumError, RefusalError
+from common.errors import RefusalError
 from common.flower import pack, unpack
-from common.learning.gradients import choose_engine
+from common.learning.gradients import Engine, GhostNorms
 from common.learning.groups import Groups
 from common.learning.loop import Gradient
 from common.learning.records import Records
+from common.privacy.plan import StepPlan
 from common.randomness import Stream
 from common.tables import concatenate
 from common.tensors import digest_tensors
 from common.wire import TrainReply, TrainTask
 from simulations.grid import Backend
 from simulations.stacked import can_stack, stacked
-from simulations.tiles import tile_size
+from simulations.tiles import BATCH_BYTES, hospital_bytes, tiles
 
 _logger = logging.getLogger(__name__)
 
@@ -63,6 +65,31 @@ class Cohort:
 
 
 @dataclass(frozen=True)
+class Round:
+    """What all batches of a round share."""
+
+    assignment: Assignment
+    cohort: Cohort
+    _bytes: dict[int, int] = field(default_factory=dict)  # by number of records
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Checked once: gives clipped sums, whether patients have one record or several."""
+        made = GhostNorms(self.assignment.model, self.assignment.loss)
+        made.check(self.cohort.inputs)
+        return made
+
+    def bytes_of(self, node: int) -> int:
+        """What a hospital takes in a batch."""
+        rows = len(self.cohort.records[node].inputs)
+        if rows not in self._bytes:
+            self._bytes[rows] = hospital_bytes(
+                self.assignment.model, self.cohort.inputs[:1], rows, self.assignment.charge.plan
+            )
+        return self._bytes[rows]
+
+
+@dataclass(frozen=True)
 class Lane:
     """One hospital in a batch: its node, what it declares, and its noise of this release."""
 
@@ -72,10 +99,11 @@ class Lane:
 
 
 class StackedEngine:
-    """A backend over ``hospitals``, which node 1 is the first of.
+    """A backend over ``hospitals``, of which node 1 is the first.
 
-    ``one_by_one`` answers what is not stacked. ``memory_bytes`` caps what a batch may take;
-    ``tile`` sets the hospitals of a batch by hand. ``debug`` lets the first failure through.
+    ``one_by_one`` answers what is not stacked. ``memory_bytes``: a batch takes no more, where the
+    cache would hold more; results then agree with others to rounding only. ``debug`` lets the first
+    failure through.
     """
 
     def __init__(
@@ -84,27 +112,20 @@ class StackedEngine:
         one_by_one: Backend,
         *,
         memory_bytes: int | None = None,
-        tile: int | None = None,
         debug: bool = False,
     ) -> None:
         self._hospitals = hospitals
         self._one_by_one = one_by_one
-        self._memory_bytes = memory_bytes
-        self._tile = tile
+        self._batch_bytes = min(BATCH_BYTES, memory_bytes or BATCH_BYTES)
         self._debug = debug
         self._cohort: tuple[str, Cohort] | None = None
         self._said: set[str] = set()
 
     def __call__(self, messages: list[Message]) -> Iterator[Message]:
-        """A reply to each message, in their order."""
-        for _, run in groupby(
-            messages, key=lambda one: (one.metadata.message_type, id(one.content))
-        ):
-            batch = list(run)
-            if batch[0].metadata.message_type == "train":
-                yield from self._train(batch)
-            else:
-                yield from self._one_by_one(batch)
+        """A reply to each message."""
+        alike = groupby(messages, key=lambda one: (one.metadata.message_type, id(one.content)))
+        for (kind, _), batch in alike:
+            yield from (self._train if kind == "train" else self._one_by_one)(list(batch))
 
     def _train(self, messages: list[Message]) -> Iterator[Message]:
         first = self._hospital(messages[0])
@@ -119,41 +140,33 @@ class StackedEngine:
             self._say_once(obstacle)
             yield from self._one_by_one(messages)
             return
-        cohort = self._encoded(assignment, task)
+        round_ = Round(assignment, self._encoded(assignment, task))
         request = training_request(task)
-        tile = self._tile or tile_size(
-            assignment, list(cohort.records.values()), memory_bytes=self._memory_bytes
-        )
-        for start in range(0, len(messages), tile):
-            yield from self._together(assignment, messages[start : start + tile], cohort, request)
+        # Whatever the order of the messages, the same hospitals share a batch.
+        messages = sorted(messages, key=lambda one: one.metadata.dst_node_id)
+        sizes = [round_.bytes_of(message.metadata.dst_node_id) for message in messages]
+        for tile in tiles(sizes, self._batch_bytes):
+            yield from self._together(round_, messages[tile], request)
 
-    def _together(
-        self,
-        assignment: Assignment,
-        messages: list[Message],
-        cohort: Cohort,
-        request: str,
-    ) -> Iterator[Message]:
+    def _together(self, round_: Round, messages: list[Message], request: str) -> Iterator[Message]:
         """Replies of one batch of hospitals; one that refuses is left out of it."""
+        assignment = round_.assignment
         lanes: dict[int, Lane] = {}
-        refusals: dict[int, ConsiliumError] = {}
+        refusals: dict[int, Exception] = {}
         for message in messages:
-            node = message.metadata.dst_node_id
-            hospital = self._hospital(message)
-            units = cohort.records[node].units
+            node, hospital = message.metadata.dst_node_id, self._hospital(message)
             assert isinstance(hospital.guard, MemoryGuard)  # noqa: S101  (see _obstacle)
+            units = round_.cohort.records[node].units
             try:
                 asked = training_release(hospital, assignment, hospital.train, units, request)
                 stream = hospital.guard.charge(asked)
-            except ConsiliumError as error:
+            except Exception as error:  # as its own app would: it fails alone
                 if self._debug:
                     raise
                 refusals[node] = error
             else:
                 lanes[node] = Lane(node, hospital.declared_patients, stream)
-        updates = dict(
-            zip(lanes, updates_of(assignment, cohort, list(lanes.values())), strict=True)
-        )
+        updates = dict(zip(lanes, updates_of(round_, list(lanes.values())), strict=True))
         for message in messages:
             node = message.metadata.dst_node_id
             if node in refusals:
@@ -210,13 +223,18 @@ def encode_together(assignment: Assignment, hospitals: Sequence[Hospital]) -> Co
     return Cohort(inputs, targets, records, first)
 
 
-def updates_of(assignment: Assignment, cohort: Cohort, lanes: Sequence[Lane]) -> Tensor:
+def updates_of(round_: Round, lanes: Sequence[Lane]) -> Tensor:
     """How each hospital's local steps move its weights [K, d]; all steps taken together."""
-    start = assignment.start.expand(len(lanes), -1)
+    assignment = round_.assignment
     if not lanes:
-        return start
-    make = _private if assignment.charge.plan.private else _plain
-    return assignment.descend(make(assignment, cohort, lanes), start) - start
+        return assignment.start[None][:0]
+    if len(lanes) == 1:  # too large to share a batch: it is taken in parts
+        (lane,) = lanes
+        records = round_.cohort.records[lane.node]
+        return assignment.update(records, lane.declared, lane.stream)[None]
+    gradient = (_private if assignment.charge.plan.private else _plain)(round_, lanes)
+    start = assignment.start.expand(len(lanes), -1)
+    return assignment.descend(gradient, start) - assignment.start
 
 
 @dataclass(frozen=True)
@@ -235,13 +253,13 @@ class Batch:
     present: Tensor | None = None
 
 
-def draw(assignment: Assignment, cohort: Cohort, lanes: Sequence[Lane]) -> Batch:
+def draw(round_: Round, lanes: Sequence[Lane]) -> Batch:
     """One Poisson sample of each lane, from its own stream, in the order of the twin's draws."""
-    return (_draw_even if cohort.fills_up else _draw_ragged)(assignment, cohort, lanes)
+    how = _draw_even if round_.cohort.fills_up else _draw_ragged
+    return how(round_.assignment.charge.plan, round_.cohort, lanes)
 
 
-def _draw_ragged(assignment: Assignment, cohort: Cohort, lanes: Sequence[Lane]) -> Batch:
-    plan = assignment.charge.plan
+def _draw_ragged(plan: StepPlan, cohort: Cohort, lanes: Sequence[Lane]) -> Batch:
     chosen, owned, rows_each, units_each, before = [], [], [], [], 0
     for lane in lanes:
         records = cohort.records[lane.node]
@@ -262,12 +280,10 @@ def _draw_ragged(assignment: Assignment, cohort: Cohort, lanes: Sequence[Lane]) 
     )
 
 
-def _draw_even(assignment: Assignment, cohort: Cohort, lanes: Sequence[Lane]) -> Batch:
+def _draw_even(plan: StepPlan, cohort: Cohort, lanes: Sequence[Lane]) -> Batch:
     """The same, all at once, every lane filled up with empty records to the longest one."""
     units = np.array([cohort.records[lane.node].units for lane in lanes])
-    drawn = np.flatnonzero(
-        assignment.charge.plan.sample_each([lane.stream for lane in lanes], units.tolist())
-    )
+    drawn = np.flatnonzero(plan.sample_each([lane.stream for lane in lanes], units.tolist()))
     lane_of = np.repeat(np.arange(len(lanes)), units)[drawn]
     sizes = np.bincount(lane_of, minlength=len(lanes))
     longest = int(sizes.max())
@@ -287,21 +303,18 @@ def _draw_even(assignment: Assignment, cohort: Cohort, lanes: Sequence[Lane]) ->
     return Batch(filled(cohort.inputs), filled(cohort.targets), owners, groups, groups, present)
 
 
-def _private(assignment: Assignment, cohort: Cohort, lanes: Sequence[Lane]) -> Gradient:
+def _private(round_: Round, lanes: Sequence[Lane]) -> Gradient:
     """Each lane's noised mean gradient [K, d] at its own weights."""
-    plan, model = assignment.charge.plan, assignment.model
-    expected = _expected_units(assignment, lanes)
+    plan, model, engine = round_.assignment.charge.plan, round_.assignment.model, round_.engine
+    expected = _expected_units(plan, lanes)
     streams = [lane.stream for lane in lanes]
-    mine = [cohort.records[lane.node] for lane in lanes]
-    # A single hospital with several records a patient decides for all of its batch.
-    typical = next((one for one in mine if not one.one_each), mine[0])
-    each = choose_engine(model, assignment.loss, typical)
-    each.check(cohort.inputs)
 
     def gradient(weights: Tensor) -> Tensor:
-        batch = draw(assignment, cohort, lanes)
-        with stacked(model, weights, batch.rows):
-            sums = each.clipped_sums(
+        batch = draw(round_, lanes)
+        # One vector seen K times: the first step of a round, at the weights the model came with.
+        apart = nullcontext() if weights.stride(0) == 0 else stacked(model, weights, batch.rows)
+        with apart:
+            sums = engine.clipped_sums(
                 batch.inputs, batch.targets, batch.owners, batch.units, plan, batch.present
             )
         return plan.noised_each(sums, streams).div_(expected)
@@ -309,13 +322,13 @@ def _private(assignment: Assignment, cohort: Cohort, lanes: Sequence[Lane]) -> G
     return gradient
 
 
-def _plain(assignment: Assignment, cohort: Cohort, lanes: Sequence[Lane]) -> Gradient:
+def _plain(round_: Round, lanes: Sequence[Lane]) -> Gradient:
     """The same means without clip and noise, for the comparison."""
-    expected = _expected_units(assignment, lanes)
-    model, loss = assignment.model, assignment.loss
+    expected = _expected_units(round_.assignment.charge.plan, lanes)
+    model, loss = round_.assignment.model, round_.assignment.loss
 
     def gradient(weights: Tensor) -> Tensor:
-        batch = draw(assignment, cohort, lanes)
+        batch = draw(round_, lanes)
         if not batch.rows.rows:
             return torch.zeros_like(weights)
         share = 1.0 / torch.bincount(batch.owners)[batch.owners].float()
@@ -330,7 +343,6 @@ def _plain(assignment: Assignment, cohort: Cohort, lanes: Sequence[Lane]) -> Gra
     return gradient
 
 
-def _expected_units(assignment: Assignment, lanes: Sequence[Lane]) -> Tensor:
+def _expected_units(plan: StepPlan, lanes: Sequence[Lane]) -> Tensor:
     """The public number each lane divides by [K, 1]."""
-    rate = assignment.charge.plan.sampling_rate
-    return torch.tensor([[lane.declared * rate] for lane in lanes])
+    return torch.tensor([[lane.declared * plan.sampling_rate] for lane in lanes])

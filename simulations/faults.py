@@ -173,7 +173,7 @@ class Simulator:
         if is_whole:
             return world, WholeStudy(world, study, place / "run")
         first = scheduler.rng.choices(range(len(_QUESTIONS)), (5, 1, 1))[0]
-        last = first + scheduler.rng.choice((1, 1, 1, 2))
+        last = first + scheduler.rng.choices((1, 2), (9, 1))[0]
         return world, Questions(world, study, _QUESTIONS[first:last])
 
 

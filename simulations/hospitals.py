@@ -19,6 +19,7 @@ from client.aggregation import Aggregator
 from client.approvals import study_folder
 from client.guard import MemoryGuard
 from client.hospital import Hospital, split_patients
+from client.sources.reading import read_public
 from common.dictionary import Column
 from common.errors import DataError, StudyError
 from common.identity import Identity
@@ -56,7 +57,7 @@ def build_world(study: Study, data_folder: Path) -> World:
         )
     generator = np.random.default_rng(_words(study.seed, "world"))
     if spec.hospital:
-        tables = [read_table(one.source, study.dictionary, data_folder) for one in spec.hospital]
+        tables = [read_public(one.source, study.dictionary, data_folder) for one in spec.hospital]
         # Two hospitals may use the same identifier for different patients.
         names = [one.name for one in spec.hospital]
         tables = [_prefixed(table, name) for table, name in zip(tables, names, strict=True)]
@@ -64,7 +65,7 @@ def build_world(study: Study, data_folder: Path) -> World:
         sites = tuple(Site(name, table) for name, table in zip(names, tables, strict=True))
     else:
         assert spec.source is not None and spec.hospitals is not None  # noqa: S101
-        whole = read_table(spec.source, study.dictionary, data_folder)
+        whole = read_public(spec.source, study.dictionary, data_folder)
         corpus, (rest,) = _set_apart(study, [whole], generator)
         if spec.sites is not None:
             parts = _by_site(rest, spec.sites, spec.hospitals, data_folder)
@@ -148,6 +149,13 @@ def write_world(world: World, folder: Path, *, noise_seed: int | None = None) ->
     ``noise_seed``: every hospital draws repeatable test noise, which protects nobody.
     """
     study, path = world.study, folder / "study.toml"
+    if not study.dictionary.patient_id and any(
+        len(set(site.table.patients)) < len(site.table) for site in world.sites
+    ):
+        raise StudyError(
+            "dictionary.patient_id: expected a name, since patients here have several records, and "
+            "would be taken for several people"
+        )
     if folder.exists() and any(folder.iterdir()):
         if not (path.is_file() and (folder / "hospitals").is_dir()):
             raise StudyError(f"{folder}: not empty and not a split study; choose another folder")

@@ -17,7 +17,19 @@ import typer
 from pydantic_core import PydanticUndefined
 
 from common.dictionary import Column, Dictionary, Label
-from common.sources import SourceSpec
+from common.sources import (
+    ClinicalColumn,
+    ColumnMapping,
+    CsvSource,
+    DicomSource,
+    FhirSource,
+    ImagesSource,
+    Interval,
+    LabelTable,
+    NpzSource,
+    ParquetSource,
+    SklearnSource,
+)
 from common.strict import Strict
 from common.study import (
     DistillSpec,
@@ -40,7 +52,17 @@ _SECTIONS: tuple[tuple[str, type[Strict]], ...] = (
     ("[simulation]", SimulationSpec),
     ("[simulation.sites]", SitesSpec),
     ("[[simulation.hospital]]", HospitalData),
-    ("[simulation.source], source of a hospital", SourceSpec),
+    ("source of any kind", ColumnMapping),
+    ("source of kind csv", CsvSource),
+    ("source of kind parquet", ParquetSource),
+    ("source of kind npz", NpzSource),
+    ("source of kind sklearn", SklearnSource),
+    ("source of kind fhir", FhirSource),
+    ("columns of kind fhir", ClinicalColumn),
+    ("source of kind dicom", DicomSource),
+    ("source of kind images", ImagesSource),
+    ("labels of images", LabelTable),
+    ("derive of a source", Interval),
     ("[public]", PublicSpec),
     ("[teacher], [student]", ModelSpec),
     ("optimiser of a stage", OptimiserSpec),
@@ -68,7 +90,10 @@ def study_reference() -> str:
     for title, model in _SECTIONS:
         doc = inspect.cleandoc(model.__doc__ or "")
         lines += [f"## {title}", "", doc, "", "| key | values | default |", "|---|---|---|"]
+        shared = ColumnMapping.model_fields if model.__bases__ != (Strict,) else {}
         for name, field in model.model_fields.items():
+            if name in shared:
+                continue
             default = (
                 "required"
                 if field.is_required()
@@ -120,7 +145,8 @@ def _words(annotation: Any) -> str:
     if origin in (tuple, list):
         return "list of " + _words(arguments[0])
     if arguments and origin is not dict:
-        return " or ".join(_words(one) for one in arguments if one is not type(None))
+        words = (_words(one) for one in arguments if one is not type(None))
+        return " or ".join(dict.fromkeys(words))
     if inspect.isclass(annotation) and issubclass(annotation, StrEnum):
         return ", ".join(f"`{one.value}`" for one in annotation)
     return _plain(annotation)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal
 
 from flwr.app import Context, Message, RecordDict
 
@@ -19,10 +20,12 @@ from common.tables import Table
 from server.app import Job, build_server_app
 from server.conduct import Progress
 from server.store import RunFolder
-from simulations.grid import InProcessGrid, one_by_one
+from simulations.engine import StackedEngine
+from simulations.grid import Backend, InProcessGrid, one_by_one
 from simulations.hospitals import build_world, open_world, secret_noise, seeded_noise
 
 Watch = Callable[[Progress], None]
+Engine = Literal["stacked", "one-by-one"]
 
 
 def run_in_process(
@@ -32,9 +35,15 @@ def run_in_process(
     corpus: Table | None,
     watch: Watch,
     *,
+    engine: Engine = "stacked",
+    memory_bytes: int | None = None,
     debug: bool = False,
 ) -> None:
-    """Conduct ``study`` over ``hospitals`` through the same two apps a deployment runs."""
+    """Conduct ``study`` over ``hospitals`` through the same two apps a deployment runs.
+
+    ``engine``: ``stacked`` trains many hospitals as one batch (see ``engine``), of at most
+    ``memory_bytes``; ``one-by-one`` is its plain twin. Their results agree to rounding.
+    """
     client_app = build_client_app(
         lambda context, _: nullcontext(hospitals[context.node_id - 1]), debug=debug
     )
@@ -43,8 +52,10 @@ def run_in_process(
     def handle(message: Message) -> Message:
         return client_app(message, _context(message.metadata.dst_node_id))
 
-    grid = InProcessGrid(len(hospitals), one_by_one(handle, debug=debug))
-    server_app(grid, _context(0))
+    backend: Backend = one_by_one(handle, debug=debug)
+    if engine == "stacked":
+        backend = StackedEngine(hospitals, backend, memory_bytes=memory_bytes, debug=debug)
+    server_app(InProcessGrid(len(hospitals), backend), _context(0))
 
 
 def simulate(
@@ -54,6 +65,8 @@ def simulate(
     watch: Watch,
     *,
     noise_seed: int | None = None,
+    engine: Engine = "stacked",
+    memory_bytes: int | None = None,
     replace: bool = False,
     debug: bool = False,
 ) -> RunFolder:
@@ -72,10 +85,21 @@ def simulate(
         {
             "data_folder": str(data_folder.resolve()),
             "noise_seed": noise_seed,
+            "engine": engine,
+            "memory_bytes": memory_bytes,
         },
     )
     noise = run_noise(run, [site.name for site in world.sites], noise_seed)
-    run_in_process(study, run, open_world(world, noise), world.corpus, watch, debug=debug)
+    run_in_process(
+        study,
+        run,
+        open_world(world, noise),
+        world.corpus,
+        watch,
+        engine=engine,
+        memory_bytes=memory_bytes,
+        debug=debug,
+    )
     return run
 
 
@@ -87,7 +111,16 @@ def resume(path: Path, watch: Watch, *, debug: bool = False) -> RunFolder:
     settings = run.read_json("simulation.json")
     world = build_world(study, Path(settings["data_folder"]))
     noise = run_noise(run, [site.name for site in world.sites], settings["noise_seed"])
-    run_in_process(study, run, open_world(world, noise), world.corpus, watch, debug=debug)
+    run_in_process(
+        study,
+        run,
+        open_world(world, noise),
+        world.corpus,
+        watch,
+        engine=settings.get("engine", "one-by-one"),  # as runs were made before they said
+        memory_bytes=settings.get("memory_bytes"),
+        debug=debug,
+    )
     return run
 
 

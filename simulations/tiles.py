@@ -1,15 +1,69 @@
-"""How many hospitals a batch holds: enough to keep the processor busy, few enough for its cache."""
+"""Which hospitals share a batch: enough to keep the processor busy, few enough for its cache.
+
+Batches follow from the study and the hospitals' data alone. A sum's last bits depend on the shape
+of the batch it was made in, so that batches which followed the machine's free memory would give
+another result on another day.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
-from client.training import Assignment
-from common.learning.records import Records
+import torch
+from torch import Tensor, nn
+
+from common.learning.layers import held_numbers
+from common.privacy.plan import StepPlan
+from common.tensors import get_vector
+
+# Measured on one core (2 MiB of L2): a round of 1,000 hospitals of an MLP took 0.60, 0.51, 0.50,
+# 0.49 s in batches of 6, 12, 24 and 48 MiB; one of 40 hospitals of a CNN 0.83, 0.55 and 0.53 s in
+# batches of 2, 9 and 37 MiB.
+BATCH_BYTES = 32 * 2**20
+_COPIES = 6  # of a hospital's weights: weights, sums, noised, gradient, update, moments
+_PASSES = 2  # an activation's value and its derivative
 
 
-def tile_size(
-    assignment: Assignment, records: Sequence[Records], *, memory_bytes: int | None
-) -> int:
-    """Hospitals taken together."""
-    return 64
+def hospital_bytes(model: nn.Module, like: Tensor, rows: int, plan: StepPlan) -> int:
+    """What one hospital of ``rows`` records, each like ``like`` [1, …], takes in a batch."""
+    drawn = math.ceil(plan.sampling_rate * rows)
+    return 4 * (_COPIES * get_vector(model).numel() + drawn * _row_numbers(model, like))
+
+
+def _row_numbers(model: nn.Module, like: Tensor) -> int:
+    """Numbers that a step holds for one record; ``like`` [1, …] gives its shape alone."""
+    found = [_PASSES * like.numel()]
+
+    def note(layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        # Of a Linear layer that sees one vector a record no gradient is held.
+        held = (
+            0 if isinstance(layer, nn.Linear) and arguments[0].dim() == 2 else held_numbers(layer)
+        )
+        found.append(_PASSES * output.numel() + held)
+
+    leaves = [one for one in model.modules() if not any(one.children())]
+    handles = [one.register_forward_hook(note) for one in leaves]
+    try:
+        with torch.no_grad():
+            model(torch.zeros_like(like))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum(found)
+
+
+def tiles(sizes: Sequence[int], at_most: int) -> Iterator[slice]:
+    """Runs of neighbours whose ``sizes`` together are no more than ``at_most``; one at least.
+
+    >>> list(tiles([3, 3, 3, 9, 1], 6))
+    [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None), slice(4, 5, None)]
+    """
+    start, held = 0, 0
+    for place, size in enumerate(sizes):
+        if place > start and held + size > at_most:
+            yield slice(start, place)
+            start, held = place, 0
+        held += size
+    if sizes:
+        yield slice(start, len(sizes))

@@ -229,7 +229,7 @@ def test_a_failing_hospital_is_left_out_of_its_round(
     wisconsin: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client_app.rounds, "train", failing({"hospital-2"}, 1))
-    made = run(wisconsin, tmp_path / "run", debug=False)
+    made = run(wisconsin, tmp_path / "run", debug=False, engine="one-by-one")
     took_part = [one["hospitals"] for one in made.metrics() if one["stage"] == "finetune"]
     assert took_part == [4, 3, 4]
 
@@ -248,11 +248,11 @@ def same(first: Path, second: Path) -> None:
 def test_too_few_answers_stop_a_run_that_can_be_resumed(
     wisconsin: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(wisconsin, tmp_path / "whole")
+    run(wisconsin, tmp_path / "whole", engine="one-by-one")
     with monkeypatch.context() as patch:
         patch.setattr(client_app.rounds, "train", failing({"hospital-2", "hospital-3"}, 1))
         with pytest.raises(RunError, match="at least 3 hospitals, found 2.*can be resumed"):
-            run(wisconsin, tmp_path / "run", debug=False)
+            run(wisconsin, tmp_path / "run", debug=False, engine="one-by-one")
     assert not (tmp_path / "run" / "result.json").exists()
     resume(tmp_path / "run", quiet)
     same(tmp_path / "whole", tmp_path / "run")

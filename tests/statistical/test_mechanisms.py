@@ -333,6 +333,7 @@ def test_test_noise_follows_from_seed_hospital_and_place_in_the_study_alone(
         (make_hospital(small, "south"), task),
         (make_hospital(small, noise_seed=8), task),
         (hospital, _train(small, round=1)),
+        (hospital, _train(small, attempt=1)),
     ):
         assert float((noise_of(other, asked) - reference).std()) > 0.5 * std
 

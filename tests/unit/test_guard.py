@@ -265,6 +265,7 @@ def release(event: GaussianEvent) -> Release:
         task="diagnosis",
         stage="finetune",
         round=0,
+        attempt=0,
         request="r",
         rows="x",
         pool="train",

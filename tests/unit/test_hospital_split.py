@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from client.hospital import Hospital, open_hospital, split_patients, units_of
+from client.hospitalfile import load_hospital_file
+from client.sources.reading import read_public
 from common.errors import DataError, StudyError
 from common.features import FeatureMap, range_scaling
 from common.privacy.units import PrivacyUnit
@@ -269,3 +272,53 @@ def test_a_hospital_makes_its_secret_key_once(wisconsin: Study, tmp_path: Path) 
     ):
         assert again.guard.noise == hospital.guard.noise
         assert other.guard.noise != hospital.guard.noise
+
+
+def test_patients_with_several_records_are_not_laid_out_without_a_name(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """A bundle says whose a record is, a table without identifiers would not."""
+    people = [
+        {
+            "resource": {"resourceType": "Patient", "id": f"p{one}", "birthDate": "1950-01-01"},
+        }
+        for one in range(12)
+    ]
+    visits = [
+        {
+            "resource": {
+                "resourceType": "Encounter",
+                "class": {"code": "AMB"},
+                "subject": {"reference": f"Patient/p{one % 12}"},
+                "period": {"start": f"2020-01-{1 + one // 12:02d}"},
+            }
+        }
+        for one in range(24)
+    ]
+    (tmp_path / "bundles").mkdir()
+    bundle = {"resourceType": "Bundle", "type": "collection", "entry": people + visits}
+    (tmp_path / "bundles" / "a.json").write_text(json.dumps(bundle))
+    tree["dictionary"] = {
+        "label": {"name": "deceased", "classes": [[0], [1]]},
+        "columns": [{"name": "a", "kind": "numeric", "range": [0.0, 120.0]}],
+    }
+    source = {
+        "kind": "fhir",
+        "path": "bundles",
+        "derive": {"a": {"start": "birth_date", "end": "start", "unit": "years"}},
+    }
+    tree["simulation"] = {"source": source, "hospitals": 2}
+    study = parse_study(tree, origin="test")
+    world = build_world(study, tmp_path)
+    assert sum(len(set(site.table.patients)) for site in world.sites) == 12
+    with pytest.raises(StudyError, match="dictionary.patient_id: expected a name"):
+        write_world(world, tmp_path / "out")
+    named = study.revised(dictionary__patient_id="who")
+    write_world(build_world(named, tmp_path), tmp_path / "out")
+    for site in build_world(named, tmp_path).sites:
+        settings = load_hospital_file(tmp_path / "out" / "hospitals" / site.name)
+        again = read_public(
+            settings.source, named.dictionary, tmp_path / "out" / "hospitals" / site.name
+        )
+        assert again.patients.tolist() == site.table.patients.tolist()
+        np.testing.assert_array_equal(again.values["a"], site.table.values["a"])

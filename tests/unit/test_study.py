@@ -90,6 +90,33 @@ def test_a_wrong_value_names_key_expected_and_found(
         assert words in line, line
 
 
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ({"kind": "cvs", "path": "x"}, "source.kind: expected one of csv, parquet"),
+        ({"kind": "cvs", "path": "x"}, "found 'cvs'; did you mean 'csv'?"),
+        ({"path": "x"}, "simulation.source.kind: missing"),
+        ({"kind": "csv"}, "simulation.source.path: missing"),
+        ({"kind": "csv", "path": "x", "pth": 1}, "source.pth: unknown key; did you mean 'path'?"),
+        (
+            {"kind": "fhir", "path": "x", "columns": {"bmi": {"observatio": ["1"]}}},
+            "source.columns.bmi.observatio: unknown key; did you mean 'observation'?",
+        ),
+        (
+            {
+                "kind": "csv",
+                "path": "x",
+                "derive": {"age": {"start": "a", "end": "b", "unit": "y"}},
+            },
+            "source.derive.age.unit: expected one of hours, days, years",
+        ),
+    ],
+)
+def test_a_wrong_source_is_named_as_it_was_written(tree: Tree, source: Any, says: str) -> None:
+    tree["simulation"] = {"source": source, "hospitals": 3}
+    assert says in refused(tree)
+
+
 def test_a_missing_section_is_named(tree: Tree) -> None:
     del tree["finetune"]
     assert "finetune: missing" in refused(tree)
@@ -150,7 +177,7 @@ _IMPOSSIBLE: dict[str, tuple[Callable[[Tree], Any], str]] = {
         lambda t: t["public"].update(
             kind="file", source={"kind": "npz", "path": "x", "header": ["a"]}
         ),
-        "header belongs to kind = 'csv'",
+        "public.source.header: unknown key",
     ),
     "imaging without image": (lambda t: t.update(task="imaging"), "needs one image column"),
     "image in a diagnosis": (

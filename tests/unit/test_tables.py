@@ -11,7 +11,7 @@ import pytest
 
 from common.dictionary import Dictionary
 from common.errors import DataError
-from common.sources import SourceSpec
+from common.sources import CsvSource, NpzSource, SklearnSource
 from common.tables import Table, concatenate, read_table
 
 HEART = Dictionary.model_validate_json(
@@ -35,7 +35,7 @@ def read(tmp_path: Path) -> Read:
     def run(text: str, dictionary: Dictionary = HEART, **source: Any) -> Table:
         (tmp_path / "x.csv").write_text(text, encoding="utf-8")
         return read_table(
-            SourceSpec(kind="csv", path="x.csv", **source),
+            CsvSource(kind="csv", path="x.csv", **source),
             dictionary,
             tmp_path,
             labelled=bool(dictionary.label.name != "absent"),
@@ -136,7 +136,7 @@ def test_nothing_readable_is_one_line(read: Read, tmp_path: Path) -> None:
             read(text)
         assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="--data FOLDER"):
-        read_table(SourceSpec(kind="csv", path="absent.csv"), HEART, tmp_path)
+        read_table(CsvSource(kind="csv", path="absent.csv"), HEART, tmp_path)
 
 
 def test_patients_are_trimmed_text_and_never_absent(read: Read) -> None:
@@ -163,7 +163,7 @@ IMAGES = Dictionary.model_validate_json(
 
 def images(folder: Path, dictionary: Dictionary = IMAGES, **arrays: Any) -> Table:
     np.savez(folder / "x.npz", **arrays)
-    return read_table(SourceSpec(kind="npz", path="x.npz"), dictionary, folder)
+    return read_table(NpzSource(kind="npz", path="x.npz"), dictionary, folder)
 
 
 def test_images_are_grey_values_from_0_to_1(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_an_npz_of_a_table_may_hold_text(tmp_path: Path) -> None:
 def test_a_damaged_archive_is_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.npz").write_bytes(content)
     with pytest.raises(DataError, match="cannot be read as an npz"):
-        read_table(SourceSpec(kind="npz", path="x.npz"), IMAGES, tmp_path)
+        read_table(NpzSource(kind="npz", path="x.npz"), IMAGES, tmp_path)
 
 
 def test_pickled_objects_are_never_loaded(tmp_path: Path) -> None:
@@ -237,6 +237,6 @@ def test_concatenated_tables_keep_rows_and_patients(read: Read) -> None:
 
 
 def test_scikit_learn_data_are_read_and_others_named(tmp_path: Path) -> None:
-    source = SourceSpec(kind="sklearn", path="breast-cancer")
+    source = SklearnSource(kind="sklearn", path="breast-cancer")
     with pytest.raises(DataError, match="did you mean 'breast_cancer'"):
         read_table(source, HEART, tmp_path)
