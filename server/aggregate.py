@@ -19,6 +19,9 @@ from server.link import Link
 
 _logger = logging.getLogger(__name__)
 
+Attempts = Callable[[str, int, int], Iterator[int]]
+"""Stage, round, how many: the numbers of the next attempts (see ``RunFolder.attempts``)."""
+
 _EXCHANGES = 4  # roster, delivery, survivors, agreements; the adverts came before
 
 
@@ -40,13 +43,13 @@ def secure_sum(
     task: AggregateTask,
     members: Mapping[str, HelloReply],
     length: int,
-    next_attempt: Callable[[str, int], int],
+    attempts: Attempts,
 ) -> SecureSum:
     """The hospitals' noised sum [length] of what ``task`` asks for.
 
-    A failed attempt is repeated as often as the study has budgeted (``spare_attempts``).
-    ``next_attempt(stage, round)`` gives each its number, never twice the same. What earlier
-    attempts have cost, every hospital knows for itself. Raises RunError when too few remain.
+    A failed attempt is repeated as often as the study has budgeted (``spare_attempts``);
+    ``attempts`` numbers them. What earlier ones have cost, every hospital knows for itself. Raises
+    RunError when too few remain.
     """
     # A hospital without an identity takes part in no sum; the others go on without it.
     pinned = {
@@ -55,8 +58,7 @@ def secure_sum(
         if one.identity
     }
     encoding = encoding_of(study, task.stage, length)
-    for _ in range(study.privacy.spare_attempts + 1):
-        attempt = next_attempt(task.stage, task.round)
+    for attempt in attempts(task.stage, task.round, study.privacy.spare_attempts + 1):
         tried = replace(task, attempt=attempt)
         session = ServerSession(terms=terms_of(study, tried, encoding), pinned=pinned)
         try:

@@ -123,7 +123,7 @@ def conduct(
     check_sums(study)
     done = run.last_checkpoint()
     members = _members(study, link)
-    panel = Panel(study, link, members, run.next_attempt)
+    panel = Panel(study, link, members, run.attempts)
     desk = Conductor(study, panel, run, budget, watch, time.monotonic())
 
     # As the hospitals receive it, in float32: all parties and a resumed run see the same inputs.

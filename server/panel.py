@@ -33,7 +33,7 @@ from common.wire import (
     TrainTask,
 )
 from server import rules
-from server.aggregate import SecureSum, secure_sum
+from server.aggregate import Attempts, SecureSum, secure_sum
 from server.link import Link
 
 Reply = TypeVar("Reply")
@@ -72,28 +72,32 @@ class Histogram:
         }
 
 
-def fresh_attempts() -> Callable[[str, int], int]:
-    """Numbers for attempts at secure sums, by stage and round, that end with the process."""
+def memory_attempts() -> Attempts:
+    """Numbers of attempts as ``RunFolder.attempts`` gives them, while the process lives."""
     given: Counter[tuple[str, int]] = Counter()
 
-    def next_attempt(stage: str, number: int) -> int:
-        given[stage, number] += 1
-        return given[stage, number] - 1
+    def attempts(stage: str, number: int, fresh: int) -> Iterator[int]:
+        newest = given[stage, number]
+        if newest:
+            yield newest - 1
+        for attempt in range(newest, newest + fresh):
+            given[stage, number] = attempt + 1
+            yield attempt
 
-    return next_attempt
+    return attempts
 
 
 @dataclass(frozen=True)
 class Panel:
     """The hospitals that take part (``members``, by name; more may come) and the ``link``.
 
-    ``next_attempt``: see ``secure_sum``; a run that may be resumed passes ``RunFolder``'s.
+    ``attempts``: see ``secure_sum``; a run that may be resumed passes its folder's.
     """
 
     study: Study
     link: Link
     members: dict[str, HelloReply]
-    next_attempt: Callable[[str, int], int] = field(default_factory=fresh_attempts)
+    attempts: Attempts = field(default_factory=memory_attempts)
 
     def welcome(self) -> None:
         """Let hospitals that came, or came back, take part from now on."""
@@ -200,7 +204,7 @@ class Panel:
             student=student or {},
             scaling=torch.zeros(0, 2) if scaling is None else scaling,
         )
-        return secure_sum(self.study, self.link, task, self.members, length, self.next_attempt)
+        return secure_sum(self.study, self.link, task, self.members, length, self.attempts)
 
     def _ask(
         self, action: str, task: Any, kind: type[Reply], fits: Callable[[Reply], bool]

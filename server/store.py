@@ -126,16 +126,21 @@ class RunFolder:
             raise RunError(f"{self.path / name}: not valid JSON ({error})") from None
         return value
 
-    def next_attempt(self, stage: str, number: int) -> int:
-        """A number no attempt at this round's secure sum has had, not even before a crash.
+    def attempts(self, stage: str, number: int, fresh: int) -> Iterator[int]:
+        """Numbers for attempts at this round's secure sum, each on disk before it is used.
 
-        Hospitals answer no number twice, whether or not anything of theirs left under it.
+        First the newest number given before a crash, if any: hospitals that did not hear of it, or
+        simulated ones that forgot it, give what they would have given; the others refuse. Then
+        ``fresh`` new ones, because a hospital answers no number twice.
         """
         name, key = "attempts.json", f"{stage}-{number}"
         given = self.read_json(name) if (self.path / name).exists() else {}
-        attempt = int(given.get(key, 0))
-        self.write_json(name, {**given, key: attempt + 1})
-        return attempt
+        newest = int(given.get(key, 0))
+        if newest:
+            yield newest - 1
+        for attempt in range(newest, newest + fresh):
+            self.write_json(name, {**given, key: attempt + 1})
+            yield attempt
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line of metrics."""

@@ -25,10 +25,11 @@ from common.privacy.units import Trust
 from common.study import Study, parse_study
 from common.tensors import get_vector
 from common.wire import EvaluateTask, Hello, TrainTask
+from server.aggregate import Attempts
 from server.conduct import conduct
 from server.finish import finish
 from server.flower_link import Enrolled, GridLink
-from server.panel import Panel, fresh_attempts
+from server.panel import Panel, memory_attempts
 from server.store import Checkpoint, RunFolder
 from simulations.fault_invariants import ViolationError
 from simulations.fault_scheduler import Crash, Scheduler
@@ -188,7 +189,7 @@ class Questions:
     world: World
     study: Study
     wanted: tuple[str, ...]
-    _next_attempt: Callable[[str, int], int] = field(default_factory=fresh_attempts)
+    _attempts: Attempts = field(default_factory=memory_attempts)
     _answered: int = 0
 
     def __call__(self) -> None:
@@ -198,7 +199,7 @@ class Questions:
         members = {one.hospital: one for one in link.greet(hello)}
         if len(members) < self.study.federation.minimum_hospitals:
             raise RunError(f"{len(members)} hospitals are there")
-        panel = Panel(self.study, link, members, self._next_attempt)
+        panel = Panel(self.study, link, members, self._attempts)
         while self._answered < len(self.wanted):
             {"moments": self._moments, "update": self._update, "histograms": self._histograms}[
                 self.wanted[self._answered]

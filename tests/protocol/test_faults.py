@@ -19,7 +19,7 @@ from common.secagg.client import ClientSession
 from common.secagg.clientstate import ClientState
 from common.secagg.server import ServerSession
 from server import aggregate, panel
-from server.panel import Panel, fresh_attempts
+from server.panel import Panel, memory_attempts
 from server.store import RunFolder
 from simulations.cli import main
 from simulations.fault_scheduler import Odds, Scheduler
@@ -108,10 +108,12 @@ def test_events_of_one_time_keep_their_order_and_calm_ends_all_faults() -> None:
 
 
 def test_numbers_of_attempts_outlive_the_coordinator(tmp_path: Path) -> None:
-    for expected in (0, 1, 2):
-        assert RunFolder(tmp_path).next_attempt("finetune", 3) == expected
-    assert RunFolder(tmp_path).next_attempt("finetune", 4) == 0
-    assert RunFolder(tmp_path).next_attempt("distill", 3) == 0
+    assert next(RunFolder(tmp_path).attempts("finetune", 3, 1)) == 0
+    # The interrupted one again, for hospitals that never heard of it; then new ones.
+    assert list(RunFolder(tmp_path).attempts("finetune", 3, 2)) == [0, 1, 2]
+    assert list(RunFolder(tmp_path).attempts("finetune", 3, 1)) == [2, 3]
+    assert list(RunFolder(tmp_path).attempts("finetune", 4, 1)) == [0]
+    assert list(RunFolder(tmp_path).attempts("distill", 3, 2)) == [0, 1]
 
 
 @pytest.mark.parametrize("seed", [15, 16, 500])
@@ -122,7 +124,7 @@ def test_a_sum_that_was_interrupted_before_anything_left_can_be_resumed(
     assert faulty.run(seed).violation is None
 
     def secure_sum(*arguments: Any) -> Any:
-        return aggregate.secure_sum(*arguments[:-1], fresh_attempts())
+        return aggregate.secure_sum(*arguments[:-1], memory_attempts())
 
     monkeypatch.setattr(panel, "secure_sum", secure_sum)
     assert "no end although faults have stopped" in str(faulty.run(seed).violation)
