@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from common.dictionary import Dictionary
 from common.errors import StudyError
 from common.privacy.units import PrivacyUnit, Relation, Trust
+from common.scenario import ScenarioSpec, check_scenario, column_named
 from common.sources import SourceSpec, TableSource
 from common.strict import Strict, parse_strict
 
@@ -242,18 +243,22 @@ class SimulationSpec(Strict):
     """Where a simulation's hospitals come from; a deployment ignores it.
 
     Either ``hospital`` entries (natural sites), or one ``source`` cut into ``hospitals`` parts by
-    ``partition``: ``equal``, ``power_law`` (sizes ∝ rank to the power −``exponent``), or
-    ``label_skew`` (class shares by a Dirichlet law of ``concentration``, Hsu et al. 2019), or
+    ``partition``: ``equal``, ``power_law`` (sizes ∝ rank to the power −``exponent``),
+    ``label_skew`` (class shares by a Dirichlet law of ``concentration``, Hsu et al. 2019),
+    ``covariate_shift`` (the same law deals out the quarters of ``column``, or its categories), or
     ``sites`` (as the table ``sites`` says, whose hospitals must be ``hospitals`` in number).
+    ``scenario``: what else may go wrong; see docs/scenarios.md.
     """
 
     hospital: tuple[HospitalData, ...] = ()
     source: SourceSpec | None = None
     hospitals: Count | None = None
-    partition: Literal["equal", "power_law", "label_skew", "sites"] = "equal"
+    partition: Literal["equal", "power_law", "label_skew", "covariate_shift", "sites"] = "equal"
     sites: SitesSpec | None = None
     exponent: Annotated[float, Field(ge=0)] = 1.0
     concentration: Positive = 0.5
+    column: str | None = None
+    scenario: ScenarioSpec | None = None
 
     @model_validator(mode="after")
     def _one_way_only(self) -> Self:
@@ -266,10 +271,20 @@ class SimulationSpec(Strict):
             raise ValueError("hospitals = N belongs to [simulation.source], and only to it")
         if (self.partition == "sites") != (self.sites is not None):
             raise ValueError("[simulation.sites] belongs to partition = 'sites', and only to it")
+        if (self.partition == "covariate_shift") != (self.column is not None):
+            raise ValueError("column belongs to partition = 'covariate_shift', and only to it")
         names = [hospital.name for hospital in self.hospital]
         if len(set(names)) != len(names):
             raise ValueError(f"hospital names must differ, found {names}")
         return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The hospitals' names; those of a cut table are numbered."""
+        if self.hospitals is None:
+            return tuple(one.name for one in self.hospital)
+        width = len(str(self.hospitals))
+        return tuple(f"hospital-{number:0{width}d}" for number in range(1, self.hospitals + 1))
 
 
 class Study(Strict):
@@ -356,6 +371,15 @@ class Study(Strict):
                 "evaluation.epsilon has no meaning with trust = 'none', which adds no noise; "
                 "leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _scenario_can_be(self) -> Self:
+        if self.simulation is not None and self.simulation.column is not None:
+            column = column_named(self, self.simulation.column, "simulation.column")
+            if column.kind == "image":
+                raise ValueError("simulation.column: an image has no quarters; name a number")
+        check_scenario(self)
         return self
 
     @model_validator(mode="after")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -25,7 +26,8 @@ _logger = logging.getLogger(__name__)
 class Job:
     """One study to conduct: where its results go, its public records, and who watches.
 
-    ``enrolled``: its hospitals in a deployment; None in a simulation.
+    ``enrolled``: its hospitals in a deployment; None in a simulation. ``facts``: asked at the end
+    for what else belongs into the result.
     """
 
     study: Study
@@ -33,6 +35,7 @@ class Job:
     corpus: Table | None
     watch: Callable[[Progress], None]
     enrolled: Enrolled | None = None
+    facts: Callable[[], Mapping[str, Any]] = dict
 
 
 def build_server_app(job_of: Callable[[Context], Job]) -> ServerApp:
@@ -49,7 +52,7 @@ def build_server_app(job_of: Callable[[Context], Job]) -> ServerApp:
             enrolled=job.enrolled,
         )
         outcome = conduct(job.study, link, job.run, job.corpus, job.watch)
-        finish(job.study, job.run, outcome)
+        finish(job.study, job.run, replace(outcome, facts={**outcome.facts, **job.facts()}))
 
     return app
 

@@ -245,7 +245,10 @@ class GridLink:
 
     def _read(self, node: int, message: Message, kind: type[Reply]) -> Reply | None:
         if message.has_error():
-            _logger.warning("%s: %s", self._called(node), message.error.reason)
+            # In a simulation a scenario says so itself, of many hospitals and rounds.
+            away = message.error.code == NODE_UNAVAILABLE
+            level = logging.INFO if away else logging.WARNING
+            _logger.log(level, "%s: %s", self._called(node), message.error.reason)
             return None
         try:
             reply = unpack(kind, message.content)

@@ -85,13 +85,17 @@ def runs_of_seed(study: Study, world: World, sweep: Iterable[float]) -> list[Arm
 
 
 def under_one_roof(study: Study) -> Study:
-    """The study for a single hospital, which has nobody to sum with: its own noise suffices."""
+    """The study for a single hospital, which has nobody to sum with: its own noise suffices.
+
+    Nothing goes wrong between one hospital and itself, and it does not attack itself.
+    """
     trust = study.privacy.trust
     return study.revised(
         federation__minimum_hospitals=1,
         federation__hospitals=None,
         privacy__trust="local" if trust is Trust.DISTRIBUTED else trust.value,
         privacy__spare_attempts=None,
+        **({"simulation__scenario": None} if study.simulation else {}),
     )
 
 

@@ -86,6 +86,7 @@ def simulate(
     as_json: JsonOption = False,
 ) -> None:
     """Run a study with all its hospitals on this machine."""
+    from simulations.attacks import run_twin
     from simulations.display import live_progress
     from simulations.simulate import simulate as run_study
 
@@ -102,17 +103,20 @@ def simulate(
             replace=replace,
             debug=context.obj["debug"],
         )
+        run_twin(folder.path, watch, debug=context.obj["debug"])
     _show_run(folder.path, as_json)
 
 
 @app.command(rich_help_panel="Researcher", epilog="Example: consilium resume runs/heart")
 def resume(context: typer.Context, run: RunArgument, as_json: JsonOption = False) -> None:
     """Continue an interrupted run to the result it would have had."""
+    from simulations.attacks import run_twin
     from simulations.display import live_progress
     from simulations.simulate import resume as resume_run
 
     with live_progress(quiet=as_json) as watch:
         folder = resume_run(run, watch, debug=context.obj["debug"])
+        run_twin(folder.path, watch, debug=context.obj["debug"])
     _show_run(folder.path, as_json)
 
 
@@ -187,6 +191,19 @@ def split(
         {"folder": str(to), "hospitals": {s.name: declared(s.table) for s in world.sites}},
         f"{len(world.sites)} hospitals below {to}/hospitals",
     )
+
+
+@app.command(rich_help_panel="Researcher", epilog="Example: consilium scenarios --json")
+def scenarios(as_json: JsonOption = False) -> None:
+    """How hospitals can be cut from data, and what may go wrong among them: every key."""
+    from simulations.catalogue import catalogue, catalogue_tables
+
+    found = catalogue()
+    if as_json:
+        _emit(True, found, "")
+        return
+    for table in catalogue_tables(found):
+        Console().print(table)
 
 
 @app.command(rich_help_panel="Researcher", epilog="Example: consilium bench accuracy --json")

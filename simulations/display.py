@@ -14,6 +14,7 @@ from rich.table import Table
 
 from server.conduct import Progress
 from simulations.arms import CompareProgress
+from simulations.scenario_words import scenario_lines
 
 _STAGES = {
     "statistics": "scaling statistics",
@@ -174,4 +175,4 @@ def closing_lines(summary: dict[str, Any]) -> list[str]:
         lines.append(
             f"A coordinator of real hospitals would know, from {summary['released_from']}: {shown}."
         )
-    return lines
+    return lines + scenario_lines(summary)

@@ -61,7 +61,8 @@ class Cohort:
 
         Only where patients have one record each, whose order is then that of the rows.
         """
-        return self.inputs.dim() == 2 and all(one.one_each for one in self.records.values())
+        table = self.inputs.dim() == 2 and self.inputs.is_floating_point()
+        return table and all(one.one_each for one in self.records.values())
 
 
 @dataclass(frozen=True)

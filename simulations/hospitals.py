@@ -6,14 +6,12 @@ import csv
 import hashlib
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import tomli_w
-from numpy.typing import NDArray
 
 from client.aggregation import Aggregator
 from client.approvals import study_folder
@@ -21,12 +19,15 @@ from client.guard import MemoryGuard
 from client.hospital import Hospital, split_patients
 from client.sources.reading import read_public
 from common.dictionary import Column
-from common.errors import DataError, StudyError
+from common.errors import StudyError
 from common.identity import Identity
 from common.privacy.units import Trust
 from common.randomness import NoiseSource, SecretNoise, SeededNoise, Stream
-from common.study import SimulationSpec, SitesSpec, Study
+from common.study import Study
 from common.tables import Table, concatenate, read_table
+from simulations import draws
+from simulations.partitions import by_site, partition
+from simulations.poison import poisoned, without_columns
 
 _ROUNDING = 10  # hospitals declare their size to the nearest ten patients
 
@@ -55,7 +56,7 @@ def build_world(study: Study, data_folder: Path) -> World:
         raise StudyError(
             f"{study.name}: a simulation needs a [simulation] section; see deploy/examples/"
         )
-    generator = np.random.default_rng(_words(study.seed, "world"))
+    generator = draws.generator(study.seed, "world")
     if spec.hospital:
         tables = [read_public(one.source, study.dictionary, data_folder) for one in spec.hospital]
         # Two hospitals may use the same identifier for different patients.
@@ -68,14 +69,13 @@ def build_world(study: Study, data_folder: Path) -> World:
         whole = read_public(spec.source, study.dictionary, data_folder)
         corpus, (rest,) = _set_apart(study, [whole], generator)
         if spec.sites is not None:
-            parts = _by_site(rest, spec.sites, spec.hospitals, data_folder)
+            parts = by_site(rest, spec.sites, spec.hospitals, data_folder)
         else:
-            parts = _partition(rest, spec, spec.hospitals, generator, study.evaluation.folds)
-        width = len(str(len(parts)))
+            parts = partition(rest, spec, spec.hospitals, generator, study.evaluation.folds)
         sites = tuple(
-            Site(f"hospital-{number:0{width}d}", rest.take(rows))
-            for number, rows in enumerate(parts, start=1)
+            Site(name, rest.take(rows)) for name, rows in zip(spec.names, parts, strict=True)
         )
+    sites = tuple(replace(one, table=without_columns(study, one.name, one.table)) for one in sites)
     if study.public.kind == "file":
         assert study.public.source is not None  # noqa: S101
         corpus = read_table(study.public.source, study.dictionary, data_folder, labelled=False)
@@ -101,7 +101,7 @@ def open_world(world: World, noise_of: Mapping[str, NoiseSource]) -> list[Hospit
             Hospital(
                 name=site.name,
                 study=study,
-                train=train,
+                train=poisoned(study, site.name, train),
                 test=test,
                 declared_patients=declared(train),
                 guard=MemoryGuard(noise_of[site.name]),
@@ -211,87 +211,6 @@ def _set_apart(
     return unlabelled, remaining
 
 
-def _partition(
-    table: Table,
-    spec: SimulationSpec,
-    hospitals: int,
-    generator: np.random.Generator,
-    at_least: int,
-) -> list[NDArray[np.int64]]:
-    """Rows of each hospital; whole patients, at least ``at_least`` of them everywhere."""
-    patients = np.array(list(dict.fromkeys(table.patients)), dtype=object)
-    if len(patients) < hospitals * at_least:
-        raise StudyError(
-            f"simulation.hospitals: expected at most {len(patients) // at_least} hospitals of "
-            f"{at_least} patients each, found {hospitals} for {len(patients)} patients"
-        )
-    index = {patient: number for number, patient in enumerate(patients)}
-    owners = np.array([index[patient] for patient in table.patients])
-    order = generator.permutation(len(patients))
-    spare = len(patients) - hospitals * at_least
-    if spec.partition == "label_skew":
-        home = _by_label(table, owners, order, spec, hospitals, generator, at_least)
-    else:
-        ranks = np.arange(1, hospitals + 1, dtype=float)
-        shares = ranks ** -(spec.exponent if spec.partition == "power_law" else 0.0)
-        bounds = np.round(np.cumsum(shares / shares.sum()) * spare).astype(int)
-        sizes = at_least + np.diff(bounds, prepend=0)
-        home = np.empty(len(patients), dtype=np.int64)
-        home[order] = np.repeat(np.arange(hospitals), sizes)
-    return [np.flatnonzero(home[owners] == number) for number in range(hospitals)]
-
-
-def _by_site(
-    table: Table, sites: SitesSpec, hospitals: int, folder: Path
-) -> list[NDArray[np.int64]]:
-    """Rows of each hospital as a table of patients and sites says, in the order of its labels."""
-    path = folder / sites.path
-    try:
-        frame = pd.read_csv(path, dtype=str)
-        home = dict(zip(frame[sites.patient].str.strip(), frame[sites.site], strict=True))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{path}: expected a table with columns {sites.patient!r} and {sites.site!r} "
-            f"({type(error).__name__}: {error})"
-        ) from None
-    labels = np.array([home.get(str(one), "") for one in table.patients], dtype=object)
-    if (labels == "").any():
-        raise DataError(f"{path}: {int((labels == '').sum())} rows' patients have no site in it")
-    found = sorted(set(labels), key=lambda one: (len(one), one))
-    if len(found) != hospitals:
-        raise StudyError(
-            f"simulation.hospitals: expected {len(found)}, as many as {path.name} names, "
-            f"found {hospitals}"
-        )
-    return [np.flatnonzero(labels == one) for one in found]
-
-
-def _by_label(
-    table: Table,
-    owners: NDArray[Any],
-    order: NDArray[Any],
-    spec: SimulationSpec,
-    hospitals: int,
-    generator: np.random.Generator,
-    at_least: int,
-) -> NDArray[np.int64]:
-    """Each class is dealt out by its own Dirichlet draw (Hsu, Qi & Brown 2019)."""
-    label = np.zeros(len(order), dtype=np.int64)
-    np.maximum.at(label, owners, table.labels)
-    home = np.empty(len(order), dtype=np.int64)
-    for value in np.unique(label):
-        members = order[label[order] == value]
-        shares = generator.dirichlet(np.full(hospitals, spec.concentration))
-        home[members] = generator.choice(hospitals, size=len(members), p=shares)
-    # Too small a hospital takes patients from the largest, one at a time.
-    counts = np.bincount(home, minlength=hospitals)
-    while counts.min() < at_least:
-        moved = order[home[order] == counts.argmax()][0]
-        home[moved] = counts.argmin()
-        counts = np.bincount(home, minlength=hospitals)
-    return home
-
-
 def _prefixed(table: Table, name: str) -> Table:
     patients = np.array([f"{name}/{patient}" for patient in table.patients], dtype=object)
     return Table(table.dictionary, table.values, table.labels, patients, table.report)
@@ -336,8 +255,3 @@ def _cell(column: Column, value: Any) -> Any:
 
 def _key(stream: Stream) -> bytes:
     return hashlib.sha256(stream.uniform(8).tobytes()).digest()
-
-
-def _words(seed: int, purpose: str) -> list[int]:
-    digest = hashlib.sha256(f"{seed}|{purpose}".encode()).digest()
-    return [int.from_bytes(digest[start : start + 4], "big") for start in range(0, 16, 4)]

@@ -14,9 +14,21 @@ from typing import Any
 
 import click
 import typer
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from common.dictionary import Column, Dictionary, Label
+from common.scenario import (
+    AttackSpec,
+    DropoutsSpec,
+    LateSpec,
+    MissingColumnsSpec,
+    NetworkSpec,
+    ObserverSpec,
+    ParticipationSpec,
+    ScenarioSpec,
+    StragglersSpec,
+)
 from common.sources import (
     ClinicalColumn,
     ColumnMapping,
@@ -52,6 +64,15 @@ _SECTIONS: tuple[tuple[str, type[Strict]], ...] = (
     ("[simulation]", SimulationSpec),
     ("[simulation.sites]", SitesSpec),
     ("[[simulation.hospital]]", HospitalData),
+    ("[simulation.scenario]", ScenarioSpec),
+    ("[simulation.scenario.participation]", ParticipationSpec),
+    ("[simulation.scenario.dropouts]", DropoutsSpec),
+    ("[simulation.scenario.late]", LateSpec),
+    ("[simulation.scenario.network]", NetworkSpec),
+    ("[simulation.scenario.stragglers]", StragglersSpec),
+    ("[simulation.scenario.missing_columns]", MissingColumnsSpec),
+    ("[simulation.scenario.attack]", AttackSpec),
+    ("[simulation.scenario.observer]", ObserverSpec),
     ("source of any kind", ColumnMapping),
     ("source of kind csv", CsvSource),
     ("source of kind parquet", ParquetSource),
@@ -92,6 +113,7 @@ def study_reference() -> str:
         lines += [f"## {title}", "", doc, "", "| key | values | default |", "|---|---|---|"]
         shared = ColumnMapping.model_fields if model.__bases__ != (Strict,) else {}
         for name, field in model.model_fields.items():
+            lines.append(f"| `{name}` | {value_words(field)} | {default_words(field)} |")
             if name in shared:
                 continue
             default = (
@@ -134,6 +156,18 @@ def walk(
     yield path, command
     for name, child in getattr(command, "commands", {}).items():
         yield from walk(child, (*path, name))
+
+
+def value_words(field: FieldInfo) -> str:
+    """Which values a key takes."""
+    return _words(field.annotation)
+
+
+def default_words(field: FieldInfo) -> str:
+    """What a key is when it is left out."""
+    if field.is_required():
+        return "required"
+    return _default(field.get_default(call_default_factory=True, validated_data={}))
 
 
 def _words(annotation: Any) -> str:

@@ -34,6 +34,7 @@ _PARTITIONS = {
     "equal": "of equal size",
     "power_law": "of unequal size (a few large, several small)",
     "label_skew": "whose shares of each class differ (label skew)",
+    "covariate_shift": "whose patients differ in one column (covariate shift)",
     "sites": "as the data name them",
 }
 _STAGES = {

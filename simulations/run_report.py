@@ -26,6 +26,7 @@ from simulations.report_sections import (
     study_section,
     write_page,
 )
+from simulations.scenario_words import scenario_section
 from simulations.simulate import load_hospitals
 from simulations.summary import summarise
 
@@ -77,6 +78,7 @@ def write_run_report(run_folder: Path) -> Path:
             note("— means no AUC exists, because only one class was among the test patients."),
         ),
         *_rounds(run, study, hospitals),
+        *scenario_section(study, summary),
         privacy_section(statement),
         part("Limits", listed([SIMULATED, _ONE_RUN, *small_hospitals(tested)])),
         reproduce_section(

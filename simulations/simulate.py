@@ -23,6 +23,7 @@ from server.store import RunFolder
 from simulations.engine import StackedEngine
 from simulations.grid import Backend, InProcessGrid, one_by_one
 from simulations.hospitals import build_world, open_world, secret_noise, seeded_noise
+from simulations.scenarios import open_scene
 
 Watch = Callable[[Progress], None]
 Engine = Literal["stacked", "one-by-one"]
@@ -47,7 +48,8 @@ def run_in_process(
     client_app = build_client_app(
         lambda context, _: nullcontext(hospitals[context.node_id - 1]), debug=debug
     )
-    server_app = build_server_app(lambda _: Job(study, run, corpus, watch))
+    scene = open_scene(study, run, hospitals)
+    server_app = build_server_app(lambda _: Job(study, run, corpus, watch, facts=scene.facts))
 
     def handle(message: Message) -> Message:
         return client_app(message, _context(message.metadata.dst_node_id))
@@ -55,7 +57,7 @@ def run_in_process(
     backend: Backend = one_by_one(handle, debug=debug)
     if engine == "stacked":
         backend = StackedEngine(hospitals, backend, memory_bytes=memory_bytes, debug=debug)
-    server_app(InProcessGrid(len(hospitals), backend), _context(0))
+    server_app(InProcessGrid(len(hospitals), scene.over(backend)), _context(0))
 
 
 def simulate(

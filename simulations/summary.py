@@ -16,7 +16,9 @@ from common.learning.metrics import (
 from common.privacy.units import Trust
 from common.study import Study
 from server.store import RunFolder
+from simulations.attacks import attack_outcome
 from simulations.evaluation import Scores, finished_models, score, together
+from simulations.observer import observed
 from simulations.simulate import load_hospitals
 
 
@@ -48,6 +50,9 @@ def summarise(run: RunFolder) -> dict[str, Any]:
         "mean_accuracy": float(np.mean([one.accuracy for one in learned])),
         "released": released(result["evaluation"]),
         "released_from": released_from(study),
+        "forecast": result.get("forecast"),
+        "attack": attack_outcome(run, study, hospitals),
+        "observer": observed(run, study, hospitals),
     }
     summary["all"]["declared_patients"] = sum(one.declared_patients for one in hospitals)
     summary["all"]["test_patients"] = sum(len(set(one.test.patients)) for one in hospitals)

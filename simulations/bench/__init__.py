@@ -12,6 +12,7 @@ from simulations.bench.load import load
 from simulations.bench.pretraining import pretraining
 from simulations.bench.privacy import privacy
 from simulations.bench.secagg import secagg
+from simulations.bench.simulation import simulation
 
 BENCHES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "accuracy": accuracy,
@@ -20,4 +21,5 @@ BENCHES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "pretraining": pretraining,
     "privacy": privacy,
     "secagg": secagg,
+    "simulation": simulation,
 }

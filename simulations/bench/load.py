@@ -40,6 +40,7 @@ from server.runner import STUDY_SETTING, prepare
 from server.settings import CoordinatorFolder, CoordinatorSettings
 from server.store import RunFolder
 from simulations.bench.load_driver import public_pem
+from simulations.bench.processes import family
 
 NODES, ROUNDS = (10, 200), 20
 _HIDDEN = (1000, 980)
@@ -215,22 +216,13 @@ class _Memory:
     def _watch(self) -> None:
         while not self._stop.wait(_SAMPLE_S):
             now = {
-                name: sum(_pss_mib(pid) for pid in _family(one["pid"]))
+                name: sum(_pss_mib(pid) for pid in family(one["pid"]))
                 for name, one in self._services.status().items()
                 if one["pid"]
             }
             self.peak_mib = max(self.peak_mib, sum(now.values()))
             for name, value in now.items():
                 self.by_process[name] = max(value, self.by_process.get(name, 0.0))
-
-
-def _family(pid: int) -> list[int]:
-    """A process and its children."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return [pid]
-    return [pid, *(one for child in children for one in _family(int(child)))]
 
 
 def _pss_mib(pid: int) -> float:

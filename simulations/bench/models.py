@@ -116,9 +116,9 @@ class Transformer(nn.Module):
         return self.head(code.mean(dim=1))  # type: ignore[no-any-return]
 
 
-def lora_transformer() -> nn.Module:
-    """Two layers of width 128; rank 8 on every attention and MLP layer, and the head."""
-    model = Transformer()
+def lora_transformer(width: int = WIDTH) -> nn.Module:
+    """Two layers; LoRA of rank 8 on every attention and MLP layer, and the head."""
+    model = Transformer(width=width)
     add_lora(model, ("query", "key", "value", "out", "up", "down"), rank=8, seed=0)
     model.head.requires_grad_(True)
     return model

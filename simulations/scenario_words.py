@@ -1,0 +1,189 @@
+"""A run's forecast, attack and observer in words: for the terminal and for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from common.study import Study
+from simulations.markup import Html, data_table, listed, note, section
+from simulations.poison import scenario_of
+
+_STAGES = {
+    "statistics": "scaling statistics",
+    "finetune": "fine-tune teacher",
+    "distill": "distil student",
+    "evaluate": "evaluate student",
+}
+_KINDS = {
+    "label_flip": "flipped labels",
+    "backdoor": "a backdoor in their records",
+    "sign_flip": "updates turned round",
+    "scale": "updates made larger",
+    "wrong_vector": "random vectors",
+}
+_FATES = {
+    "answered": "answered",
+    "failed": "failed",
+    "silent": "dropped out before its work",
+    "lost": "dropped out after its work",
+    "late": "too late",
+    "not_asked": "not asked",
+    "not_there": "not there yet",
+}
+
+
+def scenario_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader of the terminal needs to know; nothing of a run that has no forecast."""
+    lines = []
+    if summary.get("forecast"):
+        lines.append(_forecast_words(summary["forecast"]))
+    if summary.get("attack"):
+        lines += _attack_words(summary["attack"])
+    if summary.get("observer"):
+        lines.append(_observer_words(summary["observer"]))
+    return lines
+
+
+def scenario_section(study: Study, summary: Mapping[str, Any]) -> list[Html]:
+    """What went over the line, what went wrong, and what came of it; empty without a forecast."""
+    found = summary.get("forecast")
+    if not found:
+        return []
+    fates = [key for key in _FATES if any(one[key] for one in found["rounds"])]
+    return [
+        section(
+            "Line, time and scenario",
+            listed([*scenario_lines(summary), *_told(study)]),
+            data_table(
+                "Round by round: measured bytes of all hospitals, forecast time",
+                ("round", "time", "to hospitals", "from hospitals", *map(_FATES.get, fates)),  # type: ignore[arg-type]
+                [
+                    (
+                        f"{_STAGES.get(one['stage'], one['stage'])} {one['round']}",
+                        _time(one["duration_s"]),
+                        _bytes(one["bytes_down"]),
+                        _bytes(one["bytes_up"]),
+                        *(str(one[key]) for key in fates),
+                    )
+                    for one in found["rounds"]
+                ],
+            ),
+            data_table(
+                "Hospital by hospital: measured bytes of the whole run",
+                ("hospital", "to it", "from it"),
+                [
+                    (name, _bytes(one["bytes_down"]), _bytes(one["bytes_up"]))
+                    for name, one in found["hospitals"].items()
+                ],
+            ),
+            note(
+                "Bytes are those of the messages really sent; time is forecast from them, the line "
+                "and the speed that the scenario assumes. Work at the coordinator is not in it, "
+                "nor are greetings, and the requests around each message."
+            ),
+        )
+    ]
+
+
+def _forecast_words(found: Mapping[str, Any]) -> str:
+    rounds, line = len(found["rounds"]), found["line"]
+    visits = max(1, sum(one["answered"] + one["late"] + one["lost"] for one in found["rounds"]))
+    rates = f"{line['downlink_mbit_s']:g}/{line['uplink_mbit_s']:g} Mbit/s (down/up)"
+    return (
+        f"Forecast over hospital lines of {rates}: {_time(found['duration_s'])} for {rounds} "
+        f"rounds on patients, {_time(found['duration_s'] / max(1, rounds))} each; "
+        f"{_bytes(found['bytes_down'] / visits)} to and {_bytes(found['bytes_up'] / visits)} from "
+        f"a hospital and round."
+    )
+
+
+def _attack_words(found: Mapping[str, Any]) -> list[str]:
+    who = ", ".join(found["hospitals"])
+    lines = [f"Attack by {who}: {_KINDS[found['kind']]}."]
+    if found["auc_loss"] is not None:
+        lines.append(
+            f"It cost the student {_figure(found['auc_loss'])} of AUC and "
+            f"{_figure(found['accuracy_loss'])} of accuracy at honest test patients, against the "
+            f"same run without it (95 % intervals over patients)."
+        )
+    for model in ("student", "teacher"):
+        key = "backdoor_rate" if model == "student" else "teacher_backdoor_rate"
+        if not found.get(key):
+            continue
+        without = found[f"{key}_without"]
+        beside = f"; {_figure(without)} without the attack" if without else ""
+        lines.append(
+            f"The backdoor's trigger makes the {model} give {_figure(found[key])} of test patients "
+            f"of other classes the target class{beside}."
+        )
+    return lines
+
+
+def _observer_words(found: Mapping[str, Any]) -> str:
+    bound = found["ceiling"]
+    most = "" if bound is None else f", where the promised ε allows {bound:.3f} at most"
+    return (
+        f"A curious coordinator tells {found['members']} training patients from "
+        f"{found['others']} others by the updates it saw with AUC "
+        f"{_figure(found['with_noise'])}{most}; had no noise been added, with AUC "
+        f"{_figure(found['without_noise'])} (0.5 is guessing)."
+    )
+
+
+def _told(study: Study) -> list[str]:
+    """The scenario's other parts, as they were set."""
+    spec, lines = scenario_of(study), []
+    if spec.participation is not None:
+        share = spec.participation.fraction
+        asked = spec.participation.hospitals
+        lines.append(
+            f"A round of training asks {asked} hospitals."
+            if share is None
+            else f"A round of training asks {share:.0%} of the hospitals."
+        )
+    if spec.dropouts is not None:
+        lines.append(
+            f"A hospital drops out of a round {spec.dropouts.when} its work with probability "
+            f"{spec.dropouts.probability:g}."
+        )
+    if spec.late is not None:
+        lines.append(f"Some hospitals join in round {spec.late.from_round} of the fine-tuning.")
+    if spec.missing_columns is not None:
+        lines.append(f"Some hospitals never measure {', '.join(spec.missing_columns.columns)}.")
+    if spec.stragglers is not None and spec.stragglers.deadline_s is not None:
+        lines.append(f"Replies after {spec.stragglers.deadline_s:g} s are dropped.")
+    return lines
+
+
+def _figure(values: Sequence[float | None]) -> str:
+    value, low, high = ("—" if one is None else f"{one:.3f}" for one in values)
+    return f"{value} ({low} to {high})"
+
+
+def _time(seconds: float) -> str:
+    """A duration for a reader.
+
+    >>> _time(0.29), _time(75), _time(7320)
+    ('0.29 s', '1 min 15 s', '2 h 02 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes} min {rest:02d} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
+
+
+def _bytes(count: float) -> str:
+    """A size for a reader.
+
+    >>> _bytes(812), _bytes(53396), _bytes(4.1e6)
+    ('812 B', '53.4 kB', '4.1 MB')
+    """
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
