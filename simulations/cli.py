@@ -233,6 +233,38 @@ def bench(
     emit(as_json, figures, json.dumps(figures, indent=2))
 
 
+@app.command(rich_help_panel="Researcher", epilog="Example: consilium faults --seeds 1000")
+def faults(
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the seeds.")] = 1,
+    *,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Whole studies only, not one seed in a hundred.")
+    ] = False,
+    on_disk: Annotated[
+        bool, typer.Option("--on-disk", help="Ledgers on a real disk, not in memory.")
+    ] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Print every event of every seed.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Crash, lose, delay, repeat and reorder everything, seed by seed; check what must hold.
+
+    Exits with code 1 when an invariant breaks, with the seed and its events: the same seed does
+    the same again.
+    """
+    from simulations.faults import render, run_seeds
+
+    totals = run_seeds(
+        range(seed, seed + seeds), jobs=jobs, whole=whole, on_disk=on_disk, keep_traces=trace
+    )
+    _emit(as_json, totals.as_dict(), render(totals))
+    if totals.violations:
+        raise typer.Exit(1)
+
+
 @study_app.command("check", epilog="Example: consilium study check deploy/examples/wisconsin.toml")
 def study_check(study: StudyArgument, as_json: JsonOption = False) -> None:
     """Validate a study file; say what it would do and cost."""
