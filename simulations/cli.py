@@ -85,6 +85,10 @@ def simulate(
     seed: SeedOption = None,
     noise_seed: NoiseSeedOption = None,
     engine: EngineOption = "auto",
+    memory: Annotated[
+        int | None,
+        typer.Option("--memory", min=1, help="At most so many MiB for a batch of hospitals."),
+    ] = None,
     replace: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -105,6 +109,7 @@ def simulate(
             watch,
             noise_seed=noise_seed,
             engine=parse_engine(engine),
+            memory_bytes=None if memory is None else memory * 2**20,
             replace=replace,
             debug=context.obj["debug"],
         )
@@ -260,7 +265,7 @@ def faults(
     totals = run_seeds(
         range(seed, seed + seeds), jobs=jobs, whole=whole, on_disk=on_disk, keep_traces=trace
     )
-    _emit(as_json, totals.as_dict(), render(totals))
+    emit(as_json, totals.as_dict(), render(totals))
     if totals.violations:
         raise typer.Exit(1)
 
