@@ -30,8 +30,10 @@ install: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/consilium simulate deploy/examples/wisconsin.toml --run runs/demo --replace
 
+# Half of the end-to-end tests' time is waiting: two at once, those of one deployment in a row.
+JOBS ?= 2
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

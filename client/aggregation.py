@@ -6,6 +6,8 @@ has verified who else takes part and under which terms.
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -71,13 +73,17 @@ class MemorySessions:
 
 @dataclass
 class Aggregator:
-    """What a hospital needs to take part: its identity, the enrolled others, and its memory."""
+    """What a hospital needs to take part: its identity, the enrolled others, and its memory.
+
+    ``entropy(n)``: n secret bytes, for keys and masks.
+    """
 
     identity: Identity
     pinned: Pinned
     policy: AggregationPolicy = AggregationPolicy()
     attempts: Attempts = field(default_factory=MemoryAttempts)
     sessions: Sessions = field(default_factory=MemorySessions)
+    entropy: Callable[[int], bytes] = secrets.token_bytes
 
     def begin(self, hospital: Hospital, task: AggregateTask) -> AggregateReply:
         """Open a session under this hospital's own reading of the terms; its Advert."""
@@ -128,6 +134,7 @@ class Aggregator:
             policy=self.policy,
             pinned=self.pinned,
             attempts=self.attempts,
+            entropy=self.entropy,
         )
 
 

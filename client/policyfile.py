@@ -13,6 +13,7 @@ import json
 import textwrap
 import tomllib
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +42,27 @@ def parse_policy(content: bytes, name: str = "policy.toml") -> Policy:
     an unknown key it names the nearest valid one.
     """
     try:
+        return _parsed(content)
+    except PolicyError as error:
+        raise PolicyError(f"{name}: {error}") from None
+
+
+@lru_cache(maxsize=4)
+def _parsed(content: bytes) -> Policy:
+    """Worked out once, although every release asks."""
+    try:
         document = tomllib.loads(content.decode())
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise PolicyError(f"{name}: expected TOML: {error}") from None
+        raise PolicyError(f"expected TOML: {error}") from None
     try:
         # As JSON, so that strict means the same for enumerations and lists.
         policy = Policy.model_validate_json(json.dumps(document, default=str))
     except ValidationError as error:
-        raise PolicyError(f"{name}: {_explained(error)}") from None
+        raise PolicyError(_explained(error)) from None
     # Defaults are for the example only: what a hospital signed must not depend on a version.
     for section, model in _SECTIONS.items():
         for key in sorted(model.model_fields.keys() - document[section].keys()):
-            raise PolicyError(f"{name}: {section}.{key}: {_MISSING}")
+            raise PolicyError(f"{section}.{key}: {_MISSING}")
     return policy
 
 

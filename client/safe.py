@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,17 +163,20 @@ def create_safe(path: Path, environ: Mapping[str, str] = os.environ) -> SafeFold
 
 @contextmanager
 def open_safe(
-    path: Path, environ: Mapping[str, str] = os.environ, clock: Clock = utc_now
+    path: Path,
+    environ: Mapping[str, str] = os.environ,
+    clock: Clock = utc_now,
+    on_step: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Safe]:
     """Open a folder by ``create_safe``, with ledger and log checked against each other.
 
-    Raises SecretError, AuditError or LedgerError when anything is missing, open to others or
-    damaged.
+    ``on_step``: see ``Ledger``. Raises SecretError, AuditError or LedgerError when anything is
+    missing, open to others or damaged.
     """
     folder = SafeFolder(path)
     key = WrappingKey.of_folder(path, environ)
     identity = Identity.load(folder.identity, key=key)
     secret = read_secret(path / "ledger.secret", key=key, purpose=_LEDGER_PURPOSE)
     log = AuditLog(folder.audit_log, identity, clock)
-    with Ledger(folder.ledger, secret=secret, log=log, clock=clock) as ledger:
+    with Ledger(folder.ledger, secret=secret, log=log, clock=clock, on_step=on_step) as ledger:
         yield Safe(folder, identity, log, ledger, key)

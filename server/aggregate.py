@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,9 @@ from common.wire import AggregateReply, AggregateStep, AggregateTask, HelloReply
 from server.link import Link
 
 _logger = logging.getLogger(__name__)
+
+Attempts = Callable[[str, int, int], Iterator[int]]
+"""Stage, round, how many: the numbers of the next attempts (see ``RunFolder.attempts``)."""
 
 _EXCHANGES = 4  # roster, delivery, survivors, agreements; the adverts came before
 
@@ -40,11 +43,13 @@ def secure_sum(
     task: AggregateTask,
     members: Mapping[str, HelloReply],
     length: int,
+    attempts: Attempts,
 ) -> SecureSum:
     """The hospitals' noised sum [length] of what ``task`` asks for.
 
-    A failed attempt is repeated with the next number as often as the study has budgeted
-    (``spare_attempts``). Raises RunError when too few hospitals remain.
+    A failed attempt is repeated as often as the study has budgeted (``spare_attempts``);
+    ``attempts`` numbers them. What earlier ones have cost, every hospital knows for itself. Raises
+    RunError when too few remain.
     """
     # A hospital without an identity takes part in no sum; the others go on without it.
     pinned = {
@@ -53,7 +58,7 @@ def secure_sum(
         if one.identity
     }
     encoding = encoding_of(study, task.stage, length)
-    for attempt in range(study.privacy.spare_attempts + 1):
+    for attempt in attempts(task.stage, task.round, study.privacy.spare_attempts + 1):
         tried = replace(task, attempt=attempt)
         session = ServerSession(terms=terms_of(study, tried, encoding), pinned=pinned)
         try:

@@ -123,7 +123,8 @@ def conduct(
     check_sums(study)
     done = run.last_checkpoint()
     members = _members(study, link)
-    desk = Conductor(study, Panel(study, link, members), run, budget, watch, time.monotonic())
+    panel = Panel(study, link, members, run.attempts)
+    desk = Conductor(study, panel, run, budget, watch, time.monotonic())
 
     # As the hospitals receive it, in float32: all parties and a resumed run see the same inputs.
     moments = scaling_tensor(study.dictionary, _scaling(desk, corpus, done))

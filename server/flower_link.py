@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -36,6 +36,38 @@ _PULLED_AT_ONCE = 4  # replies held in memory together, whatever the number of h
 _RESEND_CHECK_S = 2.0
 _RETURN_S = 20.0  # how long a hospital that went away is waited for: its software may be restarting
 _SLACK = timedelta(seconds=1)
+
+
+class Timer(Protocol):
+    """How time passes for a link: the machine's, or a simulation's."""
+
+    def now(self) -> datetime:
+        """The time of day, in UTC."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds since some moment; never set back."""
+        ...
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+        ...
+
+
+class WallTimer:
+    """The machine's own time."""
+
+    def now(self) -> datetime:
+        """See ``Timer``."""
+        return datetime.now(UTC)
+
+    def monotonic(self) -> float:
+        """See ``Timer``."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """See ``Timer``."""
+        time.sleep(seconds)
 
 
 @dataclass(frozen=True)
@@ -74,9 +106,11 @@ class GridLink:
         minimum_nodes: int,
         timeout_s: float,
         enrolled: Enrolled | None = None,
+        timer: Timer | None = None,
     ) -> None:
         """Waits for the hospitals. Raises RunError when too few come."""
         self._grid = grid
+        self._timer = timer or WallTimer()
         self._timeout_s = timeout_s
         self._enrolled = enrolled
         self._node_of: dict[str, int] = {}
@@ -116,20 +150,27 @@ class GridLink:
     def _exchange(
         self, action: str, contents: Mapping[int, RecordDict], kind: type[Reply], timeout_s: float
     ) -> Iterator[tuple[int, Reply]]:
-        waiting = {node: _Waiting(node, content, _now()) for node, content in contents.items()}
+        waiting = {
+            node: _Waiting(node, content, self._timer.now()) for node, content in contents.items()
+        }
         owner: dict[str, _Waiting] = {}
         self._send(action, waiting.values(), owner)
-        deadline, check = time.monotonic() + timeout_s, time.monotonic() + _RESEND_CHECK_S
+        deadline, check = (
+            self._timer.monotonic() + timeout_s,
+            self._timer.monotonic() + _RESEND_CHECK_S,
+        )
         pause_s = _POLL_S
-        while waiting and time.monotonic() < deadline:
+        while waiting and self._timer.monotonic() < deadline:
             arrived = self._arrived(owner)
             for message in arrived:
                 answered = message.metadata.reply_to_message_id
-                one = owner.pop(answered)
+                one = owner.pop(answered, None)
+                if one is None:  # the other reply to a message sent twice came just before
+                    continue
                 if self._is_away(message):
                     one.ids.discard(answered)
-                    one.away_until = one.away_until or time.monotonic() + _RETURN_S
-                elif waiting.pop(one.node, None):  # a message sent twice may be answered twice
+                    one.away_until = one.away_until or self._timer.monotonic() + _RETURN_S
+                elif waiting.pop(one.node, None):
                     for other in one.ids:
                         owner.pop(other, None)
                     reply = self._read(one.node, message, kind)
@@ -137,12 +178,12 @@ class GridLink:
                         yield one.node, reply
             pause_s = _POLL_S if arrived else min(pause_s * 1.5, _LONGEST_POLL_S)
             if not arrived:
-                time.sleep(pause_s)
+                self._timer.sleep(pause_s)
             if self._enrolled is None:
                 continue
-            if time.monotonic() > check:
+            if self._timer.monotonic() > check:
                 self._send_again(action, waiting.values(), owner)
-                check = time.monotonic() + _RESEND_CHECK_S
+                check = self._timer.monotonic() + _RESEND_CHECK_S
             for one in [one for one in waiting.values() if self._is_given_up(action, one)]:
                 del waiting[one.node]
         if waiting:
@@ -165,7 +206,7 @@ class GridLink:
             for one in waiting
         ]
         for one, one_id in zip(waiting, self._grid.push_messages(messages), strict=True):
-            one.sent_at = _now()
+            one.sent_at = self._timer.now()
             if one_id:  # Flower gives none for a message it did not take
                 one.ids.add(one_id)
                 owner[one_id] = one
@@ -197,7 +238,7 @@ class GridLink:
         )
 
     def _is_given_up(self, action: str, one: _Waiting) -> bool:
-        if one.away_until is None or time.monotonic() < one.away_until:
+        if one.away_until is None or self._timer.monotonic() < one.away_until:
             return False
         _logger.warning("%s: %s is away", action, self._called(one.node))
         return True
@@ -233,17 +274,13 @@ class GridLink:
 
     def _assemble(self, minimum: int) -> None:
         wanted = len(self._enrolled.names) if self._enrolled else minimum
-        deadline = time.monotonic() + _ASSEMBLY_S
+        deadline = self._timer.monotonic() + _ASSEMBLY_S
         while (found := len(self._online())) < wanted:
-            if time.monotonic() > deadline:
+            if self._timer.monotonic() > deadline:
                 if found >= minimum:
                     return
                 raise RunError(
                     f"expected at least {minimum} hospitals to connect within "
                     f"{_ASSEMBLY_S:.0f} s, found {found}"
                 )
-            time.sleep(_LONGEST_POLL_S if self._enrolled else _POLL_S)
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)
+            self._timer.sleep(_LONGEST_POLL_S if self._enrolled else _POLL_S)

@@ -6,8 +6,9 @@ Each question has one answer, whichever way it came: the coordinator's rules nee
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +33,7 @@ from common.wire import (
     TrainTask,
 )
 from server import rules
-from server.aggregate import SecureSum, secure_sum
+from server.aggregate import Attempts, SecureSum, secure_sum
 from server.link import Link
 
 Reply = TypeVar("Reply")
@@ -71,13 +72,32 @@ class Histogram:
         }
 
 
+def memory_attempts() -> Attempts:
+    """Numbers of attempts as ``RunFolder.attempts`` gives them, while the process lives."""
+    given: Counter[tuple[str, int]] = Counter()
+
+    def attempts(stage: str, number: int, fresh: int) -> Iterator[int]:
+        newest = given[stage, number]
+        if newest:
+            yield newest - 1
+        for attempt in range(newest, newest + fresh):
+            given[stage, number] = attempt + 1
+            yield attempt
+
+    return attempts
+
+
 @dataclass(frozen=True)
 class Panel:
-    """The hospitals that take part (``members``, by name; more may come) and the ``link``."""
+    """The hospitals that take part (``members``, by name; more may come) and the ``link``.
+
+    ``attempts``: see ``secure_sum``; a run that may be resumed passes its folder's.
+    """
 
     study: Study
     link: Link
     members: dict[str, HelloReply]
+    attempts: Attempts = field(default_factory=memory_attempts)
 
     def welcome(self) -> None:
         """Let hospitals that came, or came back, take part from now on."""
@@ -184,7 +204,7 @@ class Panel:
             student=student or {},
             scaling=torch.zeros(0, 2) if scaling is None else scaling,
         )
-        return secure_sum(self.study, self.link, task, self.members, length)
+        return secure_sum(self.study, self.link, task, self.members, length, self.attempts)
 
     def _ask(
         self, action: str, task: Any, kind: type[Reply], fits: Callable[[Reply], bool]

@@ -9,6 +9,7 @@
     ├── checkpoint.json       the last finished step and the tensors that belong to it
     ├── checkpoints/          those tensors (safetensors)
     ├── rounds/               the model after every round (safetensors, trainable weights)
+    ├── attempts.json         numbers given to attempts at secure sums (trust = "distributed")
     ├── teacher.safetensors   the results
     ├── student.safetensors
     └── privacy.json, PRIVACY.md    the statement
@@ -124,6 +125,22 @@ class RunFolder:
         except ValueError as error:
             raise RunError(f"{self.path / name}: not valid JSON ({error})") from None
         return value
+
+    def attempts(self, stage: str, number: int, fresh: int) -> Iterator[int]:
+        """Numbers for attempts at this round's secure sum, each on disk before it is used.
+
+        First the newest number given before a crash, if any: hospitals that did not hear of it, or
+        simulated ones that forgot it, give what they would have given; the others refuse. Then
+        ``fresh`` new ones, because a hospital answers no number twice.
+        """
+        name, key = "attempts.json", f"{stage}-{number}"
+        given = self.read_json(name) if (self.path / name).exists() else {}
+        newest = int(given.get(key, 0))
+        if newest:
+            yield newest - 1
+        for attempt in range(newest, newest + fresh):
+            self.write_json(name, {**given, key: attempt + 1})
+            yield attempt
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append one line of metrics."""

@@ -85,6 +85,10 @@ def simulate(
     seed: SeedOption = None,
     noise_seed: NoiseSeedOption = None,
     engine: EngineOption = "auto",
+    memory: Annotated[
+        int | None,
+        typer.Option("--memory", min=1, help="At most so many MiB for a batch of hospitals."),
+    ] = None,
     replace: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -105,6 +109,7 @@ def simulate(
             watch,
             noise_seed=noise_seed,
             engine=parse_engine(engine),
+            memory_bytes=None if memory is None else memory * 2**20,
             replace=replace,
             debug=context.obj["debug"],
         )
@@ -231,6 +236,38 @@ def bench(
         raise ConsiliumError(f"unknown benchmark {name!r}; {nearest(name, BENCHES)}")
     figures = BENCHES[name](data)
     emit(as_json, figures, json.dumps(figures, indent=2))
+
+
+@app.command(rich_help_panel="Researcher", epilog="Example: consilium faults --seeds 1000")
+def faults(
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the seeds.")] = 1,
+    *,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Whole studies only, not one seed in a hundred.")
+    ] = False,
+    on_disk: Annotated[
+        bool, typer.Option("--on-disk", help="Ledgers on a real disk, not in memory.")
+    ] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Print every event of every seed.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Crash, lose, delay, repeat and reorder everything, seed by seed; check what must hold.
+
+    Exits with code 1 when an invariant breaks, with the seed and its events: the same seed does
+    the same again.
+    """
+    from simulations.faults import render, run_seeds
+
+    totals = run_seeds(
+        range(seed, seed + seeds), jobs=jobs, whole=whole, on_disk=on_disk, keep_traces=trace
+    )
+    emit(as_json, totals.as_dict(), render(totals))
+    if totals.violations:
+        raise typer.Exit(1)
 
 
 @study_app.command("check", epilog="Example: consilium study check deploy/examples/wisconsin.toml")

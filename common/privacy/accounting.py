@@ -87,6 +87,11 @@ def library_epsilon(events: Iterable[Event], *, delta: float, relation: Relation
     Statements are checked against it: two implementations must fail alike to mislead anyone.
     """
     check_delta(delta)
+    return _library_epsilon(merged(events), delta, relation)
+
+
+@lru_cache(maxsize=256)
+def _library_epsilon(events: tuple[GaussianEvent, ...], delta: float, relation: Relation) -> float:
     import dp_accounting  # noqa: PLC0415 (a second to load, and only statements need it)
 
     neighbours = {
@@ -94,7 +99,7 @@ def library_epsilon(events: Iterable[Event], *, delta: float, relation: Relation
         Relation.REPLACE_ONE: dp_accounting.NeighboringRelation.REPLACE_ONE,
     }
     accountant = dp_accounting.pld.PLDAccountant(neighbours[relation])
-    for event in merged(events):
+    for event in events:
         gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
         accountant.compose(
             dp_accounting.PoissonSampledDpEvent(event.sampling_rate, gaussian)

@@ -2,7 +2,7 @@
 
 (a) MLP 30-64-64-1, 1,000 hospitals × 32 records, two steps on half of them; (b) a CNN of 30,001
 parameters with GroupNorm, 100 × 64 images of 28 × 28, four steps on a quarter; (c) a two-layer
-transformer of width 128 with LoRA of rank 8, 50 × 32 texts of 64 tokens, two steps on half. (a) and
+transformer of width 32 with LoRA of rank 8, 50 × 32 texts of 64 tokens, two steps on half. (a) and
 (b) go through everything a simulation has: grid, messages, charges, metrics, checkpoints. (c) is
 the engine's step alone, since no study can ask for a transformer yet. CPU seconds of all threads.
 """
@@ -55,7 +55,7 @@ from simulations.tiles import BATCH_BYTES, hospital_bytes, tiles
 
 _ROUNDS = 6
 _RATE, _CLIP, _NOISE_SEED = 0.1, 1.0, 1
-_WIDTH = 64
+_WIDTH = 32
 SCALES = (100, 1_000, 10_000)
 
 

@@ -122,6 +122,36 @@ def test_what_a_restarted_hospital_lost_is_sent_again() -> None:
     assert world.received.count(3) == 2
 
 
+def test_two_replies_to_a_message_sent_twice_may_arrive_together() -> None:
+    class Together(World):
+        """Keeps every message to hospital 3 until there are two, and then answers both at once."""
+
+        kept: list[Message] = []
+
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            sent = list(messages)
+            ids = list(
+                super().push_messages([one for one in sent if one.metadata.dst_node_id != 3])
+            )
+            for place, message in enumerate(sent):
+                if message.metadata.dst_node_id == 3:
+                    message.metadata.__dict__["_message_id"] = f"kept {len(self.kept)}"
+                    self.kept.append(message)
+                    ids.insert(place, message.metadata.message_id)
+                    self.since[3] = datetime.now(UTC) + timedelta(seconds=2)  # it starts anew
+            return ids
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            ids = list(message_ids)
+            mine = [one for one in self.kept if one.metadata.message_id in ids]
+            if len(mine) < 2:
+                return super().pull_messages(ids)
+            return [Message(pack(update(3)), reply_to=one) for one in mine]
+
+    replies = [one.hospital for one in Together(update).link().ask("train", TASK, TrainReply)]
+    assert sorted(replies) == ["east", "north", "south"]
+
+
 def test_one_that_is_only_slow_is_not_asked_twice() -> None:
     world = World(update)
     link = world.link(timeout_s=0.5)
