@@ -422,6 +422,10 @@ class Study(Strict):
                 )
         return self
 
+    def __hash__(self) -> int:
+        """By its digest, which is found once: budgets are looked up by study at every release."""
+        return hash(self._own_digest)
+
     def digest(self) -> str:
         """SHA-256 of what binds the parties: the study without its simulation section."""
         return self._own_digest

@@ -10,13 +10,13 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from flwr.app import RecordDict
+from flwr.app import ArrayRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
 from common.files import write_atomically
@@ -64,23 +64,21 @@ def parcel_of(content: RecordDict) -> Parcel:
 
 
 def _form(content: RecordDict) -> tuple[Any, ...]:
-    values = tuple(
-        (record, key, len(value.encode()) if isinstance(value, str) else _length(value))
-        for record, found in content.config_records.items()
-        for key, value in found.items()
-    )
-    arrays = tuple(
-        (record, key, one.dtype, tuple(one.shape), one.stype, len(one.data))
-        for record, found in content.array_records.items()
-        for key, one in found.items()
-    )
-    return (*content, *values, *arrays)
+    return tuple((name, *_record_form(record)) for name, record in content.items())
 
 
-def _length(value: Any) -> Any:
-    return (
-        ("bytes", len(value)) if isinstance(value, bytes) else (type(value).__name__, repr(value))
-    )
+def _record_form(record: Any) -> Iterator[tuple[Any, ...]]:
+    if isinstance(record, ArrayRecord):
+        for key, one in record.items():
+            yield (key, one.dtype, tuple(one.shape), one.stype, len(one.data))
+        return
+    for key, value in record.items():
+        if isinstance(value, str):
+            yield key, "str", len(value.encode())
+        elif isinstance(value, bytes):
+            yield key, "bytes", len(value)
+        else:
+            yield key, type(value).__name__, repr(value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,6 +111,7 @@ class Budget:
         return [event for one in (*self.charges, *self.spare) for event in one.events()]
 
 
+@lru_cache(maxsize=256)
 def budget_of(study: Study) -> Budget:
     """The study's budget, computed alike by every hospital and the coordinator from the study.
 
@@ -196,6 +197,7 @@ def _budget(
     return _whole(privacy, privacy.epsilon, lambda noise: (at(noise), spare_at(at(noise))))
 
 
+@lru_cache(maxsize=256)
 def evaluation_budget_of(study: Study) -> Budget | None:
     """What the released histogram costs the test patients; None if the study grants nothing.
 

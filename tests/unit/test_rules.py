@@ -103,12 +103,20 @@ def test_a_rule_leaves_its_state_alone() -> None:
     assert state.first.tolist() == state.second.tolist() == [0.0, 0.0]
 
 
-def mean(updates: list[tuple[Tensor, float]]) -> Tensor:
+def accumulated(updates: list[tuple[Tensor, float]]) -> Accumulator:
     total = Accumulator.empty(3)
     for update, weight in updates:
         total = total.add(update, weight)
     assert total.hospitals == len(updates)
-    return total.mean()
+    return total
+
+
+def mean(updates: list[tuple[Tensor, float]]) -> Tensor:
+    return accumulated(updates).mean()
+
+
+def summed(updates: list[tuple[Tensor, float]]) -> Tensor:
+    return accumulated(updates).total()
 
 
 def test_a_weighted_mean() -> None:
@@ -122,13 +130,18 @@ def test_a_weighted_mean() -> None:
     st.permutations(range(8)),
     st.lists(st.floats(-1e6, 1e6, width=32), min_size=24, max_size=24),
 )
-def test_the_order_of_arrival_does_not_matter(order: list[int], numbers: list[float]) -> None:
+def test_the_order_of_arrival_changes_no_bit(order: list[int], numbers: list[float]) -> None:
     updates = [
         (torch.tensor(numbers[3 * one : 3 * one + 3], dtype=torch.float32), 10.0 + one)
         for one in range(8)
     ]
+    assert torch.equal(summed([updates[one] for one in order]), summed(updates))
+    exact = [
+        math.fsum(float(update[place]) * weight for update, weight in updates) for place in range(3)
+    ]
+    # Eight numbers, each rounded to a multiple of 2⁻⁴⁸; then the sum of both parts in float64.
     torch.testing.assert_close(
-        mean([updates[one] for one in order]), mean(updates), rtol=1e-6, atol=1e-7 * 1e3
+        summed(updates), torch.tensor(exact, dtype=torch.float64), rtol=2e-16, atol=8 * 2.0**-49
     )
 
 
