@@ -36,6 +36,7 @@ EXAMPLES = sorted((ROOT / "deploy" / "examples").glob("*.toml"))
 _DEPLOYED = ("test_deployment.py", "test_deployment_faults.py", "test_deploy_doc.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in a hook of the same name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of deployments share one worker."""
     for item in items:
