@@ -30,10 +30,18 @@ install: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/consilium simulate deploy/examples/wisconsin.toml --run runs/demo --replace
 
-# Half of the end-to-end tests' time is waiting: two at once, those of one deployment in a row.
+# Tests of whole deployments keep time and mostly wait: alone in their row, beside all others.
+DEPLOYED := $(wildcard tests/e2e/test_deploy*.py)
 JOBS ?= 2
+.PHONY: test-deployments test-others
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadgroup
+	$(MAKE) --jobs=2 --output-sync=target test-deployments test-others
+
+test-deployments: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(DEPLOYED)
+
+test-others: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --numprocesses $(JOBS) $(DEPLOYED:%=--ignore=%)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -32,18 +32,6 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "deploy" / "examples").glob("*.toml"))
 
 
-# Each starts a coordinator, hospitals and network namespaces, and keeps time: one after another.
-_DEPLOYED = ("test_deployment.py", "test_deployment_faults.py", "test_deploy_doc.py")
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in a hook of the same name
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of deployments share one worker."""
-    for item in items:
-        if item.path.name in _DEPLOYED:
-            item.add_marker(pytest.mark.xdist_group("deployment"))
-
-
 @pytest.fixture(scope="session")
 def examples() -> list[Path]:
     """Every study file that ships."""
