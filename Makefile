@@ -35,7 +35,7 @@ DEPLOYED := $(wildcard tests/e2e/test_deploy*.py)
 JOBS ?= 2
 .PHONY: test-deployments test-others
 test: $(VENV)/.installed-dev
-	$(MAKE) --jobs=2 --output-sync=target test-deployments test-others
+	$(MAKE) --jobs=2 --output-sync=line test-deployments test-others
 
 test-deployments: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(DEPLOYED)

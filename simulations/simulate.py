@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -73,11 +72,7 @@ def conduct_over(
     """Conduct ``study`` over a backend that answers for ``hospitals``, as its scenario says."""
     scene = open_scene(study, run, hospitals)
     server_app = build_server_app(lambda _: Job(study, run, corpus, watch, facts=scene.facts))
-    gc.freeze()  # thousands of hospitals that stay: the collector need not walk them in every round
-    try:
-        server_app(InProcessGrid(len(hospitals), scene.over(backend)), _context(0))
-    finally:
-        gc.unfreeze()
+    server_app(InProcessGrid(len(hospitals), scene.over(backend)), _context(0))
 
 
 def simulate(
