@@ -53,13 +53,8 @@ def stacked(model: nn.Module, weights: Tensor, groups: Groups) -> Iterator[None]
 def can_stack(model: nn.Module) -> bool:
     """Whether every trainable layer has a rule, and nothing draws random numbers while it runs."""
     return all(
-        _has_rule(layer) if trains(layer) else not _draws(layer) for layer in model.modules()
+        type(layer) in RULES if trains(layer) else not _draws(layer) for layer in model.modules()
     )
-
-
-def _has_rule(layer: nn.Module) -> bool:
-    # Padding by name may be uneven, which takes more than one call of a convolution.
-    return type(layer) in RULES and not isinstance(getattr(layer, "padding", 0), str)
 
 
 def _draws(layer: nn.Module) -> bool:
@@ -141,13 +136,13 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, layer: Any, groups: Groups
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, how: How, groups: Groups
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-        ctx.layer, ctx.groups, ctx.biased = layer, groups, bias is not None
+        ctx.how, ctx.groups, ctx.biased = how, groups, bias is not None
         parts = [
             torch.convolution(
-                inputs[start:stop], weight[one], None if bias is None else bias[one], *_how(layer)
+                inputs[start:stop], weight[one], None if bias is None else bias[one], *how
             )
             for one, (start, stop) in enumerate(groups.bounds())
         ]
@@ -164,7 +159,7 @@ class _Convolution(torch.autograd.Function):
                 inputs[start:stop],
                 weight[one],
                 sizes,
-                *_how(ctx.layer),
+                *ctx.how,
                 wanted,
             )
             for one, (start, stop) in enumerate(ctx.groups.bounds())
@@ -178,10 +173,8 @@ class _Convolution(torch.autograd.Function):
         return asked, learnt, shifted, None, None
 
 
-def _how(layer: Any) -> tuple[Any, ...]:
-    """Stride, padding, dilation, transposed, output padding, groups."""
-    none = (0,) * len(layer.kernel_size)
-    return layer.stride, layer.padding, layer.dilation, False, none, layer.groups
+How = tuple[Any, ...]
+"""Stride, padding, dilation, transposed, output padding and groups of a convolution."""
 
 
 def _convolution(layer: Any, inputs: Tensor, own: Own, groups: Groups) -> Tensor:
@@ -189,7 +182,23 @@ def _convolution(layer: Any, inputs: Tensor, own: Own, groups: Groups) -> Tensor
     bias = own.get("bias")
     if bias is None and layer.bias is not None:
         bias = _shared(layer.bias, groups)
-    return _Convolution.apply(inputs, weight, bias, layer, groups)  # type: ignore[no-any-return, no-untyped-call]
+    none = (0,) * len(layer.kernel_size)
+    padding = layer.padding
+    if isinstance(padding, str):
+        # Padding by name may be uneven: it is put around the input, more of it at the end.
+        inputs, padding = _padded(layer, inputs), none
+    how = (layer.stride, padding, layer.dilation, False, none, layer.groups)
+    return _Convolution.apply(inputs, weight, bias, how, groups)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _padded(layer: Any, inputs: Tensor) -> Tensor:
+    if layer.padding == "valid":
+        return inputs
+    ends: list[int] = []
+    for size, dilation in reversed(list(zip(layer.kernel_size, layer.dilation, strict=True))):
+        whole = dilation * (size - 1)
+        ends += [whole // 2, whole - whole // 2]
+    return functional.pad(inputs, ends)
 
 
 def _shared(parameter: Tensor, groups: Groups) -> Tensor:

@@ -16,7 +16,6 @@ from simulations.stacked import RULES, can_stack, stacked
 from tests.unit.zoo import MODELS, build, loss
 
 SIZES = (2, 0, 1, 3)  # records of each hospital; one has none
-STACKED = [name for name in MODELS if name != "conv1d"]  # its padding has a name
 
 
 def plan(clip_norm: float) -> StepPlan:
@@ -41,7 +40,7 @@ def parts(sizes: tuple[int, ...]) -> list[slice]:
     return [slice(start, stop) for start, stop in Groups(sizes).bounds()]
 
 
-@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("name", MODELS)
 def test_answers_are_those_of_each_hospitals_own_weights(name: str) -> None:
     model, inputs, _ = build(name)
     weights = apart(model, len(SIZES))
@@ -53,7 +52,7 @@ def test_answers_are_those_of_each_hospitals_own_weights(name: str) -> None:
             torch.testing.assert_close(found[part], model(inputs[part]))
 
 
-@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("engine", [PerRecordGradients, GhostNorms])
 def test_clipped_sums_are_those_of_each_hospital_alone(
     name: str, engine: type[PerRecordGradients] | type[GhostNorms]
@@ -73,7 +72,7 @@ def test_clipped_sums_are_those_of_each_hospital_alone(
         torch.testing.assert_close(sums, alone, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("name", MODELS)
 def test_several_records_of_a_patient_are_summed_before_the_clip(name: str) -> None:
     model, inputs, targets = build(name)
     patients = (1, 2, 0, 1)  # of each hospital
@@ -91,7 +90,7 @@ def test_several_records_of_a_patient_are_summed_before_the_clip(name: str) -> N
         first += count
 
 
-@pytest.mark.parametrize("name", STACKED)
+@pytest.mark.parametrize("name", MODELS)
 def test_plain_gradients_are_those_of_each_hospital_alone(name: str) -> None:
     model, inputs, targets = build(name)
     weights = apart(model, len(SIZES)).requires_grad_()
@@ -157,8 +156,7 @@ def test_every_layer_that_may_be_trained_has_a_rule() -> None:
 
 
 def test_what_cannot_be_stacked_is_known_beforehand() -> None:
-    assert all(can_stack(build(name)[0]) for name in STACKED)
-    assert not can_stack(build("conv1d")[0])
+    assert all(can_stack(build(name)[0]) for name in MODELS)
     assert not can_stack(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)))
     assert can_stack(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)))
     assert not can_stack(nn.LSTM(2, 2))

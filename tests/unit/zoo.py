@@ -157,6 +157,15 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
         lambda: nn.Sequential(nn.Conv1d(5, 4, 3, padding="same"), nn.Flatten(), nn.Linear(32, 3)),
         sequences,
     ),
+    "conv1d with uneven padding": (
+        lambda: nn.Sequential(
+            nn.Conv1d(5, 4, 4, padding="same", dilation=1),
+            nn.Conv1d(4, 3, 2, padding="valid"),
+            nn.Flatten(),
+            nn.LazyLinear(3),
+        ),
+        sequences,
+    ),
     "groupnorm": (
         lambda: nn.Sequential(
             nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.GELU(), nn.Flatten(), nn.LazyLinear(3)
