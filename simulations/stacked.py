@@ -130,8 +130,11 @@ def _linear(layer: nn.Linear, inputs: Tensor, own: Own, groups: Groups) -> Tenso
 class _Convolution(torch.autograd.Function):
     """A convolution of each group's own, one group after another.
 
-    Measured for 16 images of 28 × 28 a group: a loop over groups costs no more than one grouped
-    convolution, whose channels lie side by side, and takes no copy of its input.
+    Measured for 13 groups of 16 images on one core: this loop 9.5, 11.8 and 21.4 ms for 1 → 16
+    channels at 28 × 28 and 16 → 32 at 14 × 14 (stride 2), and 8 → 8 at 28 × 28; one grouped
+    convolution over channels side by side 6.7, 8.1 and 13.8; unfolding and one batched product 3.1,
+    9.1 and 97. The loop alone takes groups of different sizes without empty rows: 1.5 times as many
+    rows, as those would be for samples of 16 on average, cost more than it loses.
     """
 
     @staticmethod

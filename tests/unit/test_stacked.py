@@ -105,6 +105,17 @@ def test_plain_gradients_are_those_of_each_hospital_alone(name: str) -> None:
         torch.testing.assert_close(gradient, alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_uneven_padding_lies_at_the_end() -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Conv1d(5, 4, 4, padding="same"), torch.randn(6, 5, 8)
+    weights = apart(model, 1)
+    with stacked(model, weights, Groups((6,))):
+        found = model(inputs)
+    set_vector(model, weights[0])
+    torch.testing.assert_close(found, model(inputs))
+
+
 def test_one_bad_record_spoils_nobody_elses_sum() -> None:
     model, inputs, targets = build("linear")
     weights, each, sizes = apart(model, 2), GhostNorms(model, loss), Groups((3, 3))

@@ -157,9 +157,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
         lambda: nn.Sequential(nn.Conv1d(5, 4, 3, padding="same"), nn.Flatten(), nn.Linear(32, 3)),
         sequences,
     ),
-    "conv1d with uneven padding": (
+    "conv1d padded by name": (
         lambda: nn.Sequential(
-            nn.Conv1d(5, 4, 4, padding="same", dilation=1),
+            nn.Conv1d(5, 4, 4, padding="same", dilation=2),
             nn.Conv1d(4, 3, 2, padding="valid"),
             nn.Flatten(),
             nn.LazyLinear(3),
