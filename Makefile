@@ -30,18 +30,12 @@ install: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/consilium simulate deploy/examples/wisconsin.toml --run runs/demo --replace
 
-# Tests of whole deployments keep time and mostly wait: alone in their row, beside all others.
+# Tests of whole deployments keep time and mostly wait: one after another, once nothing else runs.
 DEPLOYED := $(wildcard tests/e2e/test_deploy*.py)
 JOBS ?= 2
-.PHONY: test-deployments test-others
 test: $(VENV)/.installed-dev
-	$(MAKE) --jobs=2 --output-sync=line test-deployments test-others
-
-test-deployments: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(DEPLOYED)
-
-test-others: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses $(JOBS) $(DEPLOYED:%=--ignore=%)
+	$(BIN)/python -m pytest $(DEPLOYED)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
