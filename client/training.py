@@ -63,8 +63,7 @@ class Assignment:
     @property
     def optimiser(self) -> OptimiserSpec:
         """The stage's optimiser."""
-        stage = self.study.finetune if self.stage == "finetune" else self.study.distill
-        return stage.optimiser
+        return self.study.training(self.stage).optimiser
 
     def records(self, table: Table) -> Records:
         """Patients' records by privacy unit, each with what it is to be answered by."""

@@ -422,6 +422,10 @@ class Study(Strict):
                 )
         return self
 
+    def training(self, stage: str) -> FinetuneSpec | DistillSpec:
+        """The settings of a stage that trains: ``finetune`` or ``distill``."""
+        return self.finetune if stage == "finetune" else self.distill
+
     def __hash__(self) -> int:
         """By its digest, which is found once: budgets are looked up by study at every release."""
         return hash(self._own_digest)

@@ -180,7 +180,7 @@ class Panel:
         )
         rate = stage_charge(self.study, task.stage).plan.sampling_rate
         declared = sum(self.members[name].declared_patients for name in found.hospitals)
-        spec = self.study.finetune if task.stage == "finetune" else self.study.distill
+        spec = self.study.training(task.stage)
         learning_rate = learning_rate_at(spec.optimiser, task.round, spec.rounds)
         update = found.values * (-learning_rate / (rate * declared))
         return update.float(), len(found.hospitals)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
@@ -38,7 +38,7 @@ from common.tensors import digest_tensors
 from common.wire import TrainReply, TrainTask
 from simulations.grid import Backend
 from simulations.stacked import can_stack, stacked
-from simulations.tiles import BATCH_BYTES, hospital_bytes, tiles
+from simulations.tiles import BATCH_BYTES, hospital_bytes, row_numbers, tiles
 
 _logger = logging.getLogger(__name__)
 
@@ -71,7 +71,6 @@ class Round:
 
     assignment: Assignment
     cohort: Cohort
-    _bytes: dict[int, int] = field(default_factory=dict)  # by number of records
 
     @cached_property
     def engine(self) -> Engine:
@@ -82,12 +81,12 @@ class Round:
 
     def bytes_of(self, node: int) -> int:
         """What a hospital takes in a batch."""
-        rows = len(self.cohort.records[node].inputs)
-        if rows not in self._bytes:
-            self._bytes[rows] = hospital_bytes(
-                self.assignment.model, self.cohort.inputs[:1], rows, self.assignment.charge.plan
-            )
-        return self._bytes[rows]
+        weights, rows = self.assignment.start.numel(), len(self.cohort.records[node].inputs)
+        return hospital_bytes(weights, self._row_numbers, rows, self.assignment.charge.plan)
+
+    @cached_property
+    def _row_numbers(self) -> int:
+        return row_numbers(self.assignment.model, self.cohort.inputs[:1])
 
 
 @dataclass(frozen=True)

@@ -263,7 +263,7 @@ class Observer:
             return total
         if not in_sums:
             return total / len(values)
-        spec = self.study.finetune if step[0] == "finetune" else self.study.distill
+        spec = self.study.training(step[0])
         rate = stage_charge(self.study, step[0]).plan.sampling_rate
         return total * (-spec.optimiser.learning_rate / (rate * self.declared * len(values)))
 

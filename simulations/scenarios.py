@@ -221,7 +221,7 @@ class Scene:
             return float(len(hospital.test))
         if at.stage not in _TRAINING:
             return float(len(hospital.train))
-        spec = self.study.finetune if at.stage == "finetune" else self.study.distill
+        spec = self.study.training(at.stage)
         return len(hospital.train) * spec.sampling_rate * spec.local_steps
 
     def _note(self, at: Occasion, visits: Mapping[str, Visit]) -> None:

@@ -98,20 +98,15 @@ class _Linear(torch.autograd.Function):
         asked = _product(derivative, weight, ctx.groups) if wanted else None
         if not learns:
             return asked, None, None
-        lines = _lines(ctx.groups, derivative)
-        return asked, torch.bmm(lines.mT, _lines(ctx.groups, inputs)), None
+        lines = ctx.groups.lines(derivative)
+        return asked, torch.bmm(lines.mT, ctx.groups.lines(inputs)), None
 
 
 def _product(rows: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
     """``rows`` [rows, …, a] times ``matrices`` [K, a, b]: [rows, …, b]."""
-    blocks = torch.bmm(_lines(groups, rows), matrices)
+    blocks = torch.bmm(groups.lines(rows), matrices)
     shape = (len(groups), groups.longest, *rows.shape[1:-1], matrices.shape[2])
     return groups.unblocked(blocks.view(shape))
-
-
-def _lines(groups: Groups, values: Tensor) -> Tensor:
-    """``values`` [rows, …, width] as [K, longest · …, width]."""
-    return groups.blocks(values).flatten(start_dim=1, end_dim=-2)
 
 
 def _linear(layer: nn.Linear, inputs: Tensor, own: Own, groups: Groups) -> Tensor:

@@ -90,12 +90,12 @@ class PerRecordGradients:
         """Raises PrivacyError when ``model`` has no per-record gradients."""
         self.model = model
         self.loss = loss
-        self._capture = Capture(model)
-        self.size = self._capture.size
+        self.capture = Capture(model)
+        self.size = self.capture.size
 
     def check(self, like: Tensor) -> None:
         """See ``Engine``."""
-        self._capture.check(like)
+        self.capture.check(like)
 
     def rows_at_once(self, *, one_record_each: bool) -> int:  # noqa: ARG002
         """All d numbers of each record are held."""
@@ -113,7 +113,7 @@ class PerRecordGradients:
         return torch.cat(
             [
                 found[one] if one in found else torch.zeros(len(inputs), one.numel())
-                for one in self._capture.parameters
+                for one in self.capture.parameters
             ],
             dim=1,
         )
@@ -140,12 +140,12 @@ class PerRecordGradients:
                 for one in gradients
             ]
         layers = [Held(gradients)] if gradients else []
-        return _clipped(self._capture.parameters, layers, groups, plan, present)
+        return _clipped(self.capture.parameters, layers, groups, plan, present)
 
     def _gradients(self, inputs: Tensor, targets: Tensor) -> list[LayerGradient]:
         return [
             gradient
-            for calls in _by_layer(self._capture(self.loss, inputs, targets))
+            for calls in _by_layer(self.capture(self.loss, inputs, targets))
             for gradient in record_gradients(calls)
         ]
 
@@ -162,14 +162,13 @@ class GhostNorms:
         self.model = model
         self.loss = loss
         self._per_record = PerRecordGradients(model, loss)
-        self._capture = Capture(model)
+        self._capture = self._per_record.capture
         self.size = self._capture.size
         self._held = sum(held_numbers(module) for module in model.modules())
 
     def check(self, like: Tensor) -> None:
         """See ``Engine``."""
         self._capture.check(like)
-        self._per_record.check(like)
 
     def rows_at_once(self, *, one_record_each: bool) -> int:
         """At worst every layer's gradients are held, embeddings excepted."""

@@ -56,6 +56,10 @@ class Groups:
         flat = blocks.reshape(len(self.sizes) * self.longest, *blocks.shape[2:])
         return flat if self._even else flat.index_select(0, self._places)
 
+    def lines(self, values: Tensor) -> Tensor:
+        """``values`` [rows, …, width] as [K, longest · …, width], for products of matrices."""
+        return self.blocks(values).flatten(start_dim=1, end_dim=-2)
+
     @cached_property
     def _places(self) -> Tensor:
         """The place of each row among K · longest [rows]."""

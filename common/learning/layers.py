@@ -107,9 +107,9 @@ class GhostLinear:
         """See ``LayerSum``."""
         layer: Any = self._call.layer
         derivative = _sound(self._call.derivative, sound)
-        weighted = _lines(groups, derivative * _like(factors, derivative))
+        weighted = groups.lines(derivative * _like(factors, derivative))
         if layer.weight.requires_grad:
-            seen = _lines(groups, _sound(self._call.inputs, sound))
+            seen = groups.lines(_sound(self._call.inputs, sound))
             into[layer.weight] = torch.bmm(weighted.mT, seen)
         if layer.bias is not None and layer.bias.requires_grad:
             into[layer.bias] = weighted.sum(dim=1)
@@ -227,11 +227,6 @@ def _sound(values: Tensor, sound: Tensor | None) -> Tensor:
     if sound is None:
         return values
     return torch.where(_like(sound, values), values, torch.zeros_like(values))
-
-
-def _lines(groups: Groups, values: Tensor) -> Tensor:
-    """``values`` [rows, …, width] as [K, longest · …, width]."""
-    return groups.blocks(values).flatten(start_dim=1, end_dim=-2)
 
 
 def _like(per_row: Tensor, values: Tensor) -> Tensor:
