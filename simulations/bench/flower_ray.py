@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tomllib
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,14 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from opacus import PrivacyEngine
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor
 
 from common.features import FeatureMap, range_scaling
 from common.models import build_teacher
-from common.privacy.budget import budget_of
 from common.study import Study, parse_study
-from common.tensors import trainable
+from common.tasks import task_named
 from simulations.bench.processes import family
+from simulations.bench.usual import opacus_steps
 
 _ROUNDS = 3
 _LONGEST_S = 1800.0
@@ -61,26 +58,11 @@ def _train(
     study: Study, features: FeatureMap, records: int, message: Message, node: int
 ) -> Message:
     """What a client in the usual way does: a new engine and loader every round."""
-    warnings.simplefilter("ignore")
     model = build_teacher(study, features)
     model.load_state_dict(message.content.array_records["model"].to_torch_state_dict())
     inputs, labels = _records(features, records, node)
-    optimiser: Any = torch.optim.SGD(trainable(model), lr=0.1)
-    batch_size = round(study.finetune.sampling_rate * records)
-    loader: Any = DataLoader(TensorDataset(inputs, labels), batch_size=batch_size)
-    private, optimiser, loader = PrivacyEngine().make_private(
-        module=model.train(),
-        optimizer=optimiser,
-        data_loader=loader,
-        noise_multiplier=budget_of(study).noise_multiplier,
-        max_grad_norm=study.privacy.clip_norm,
-    )
-    for _, (batch, wanted) in zip(range(study.finetune.local_steps), loader, strict=False):
-        optimiser.zero_grad()
-        loss = nn.functional.binary_cross_entropy_with_logits(private(batch)[:, 0], wanted)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-    content = RecordDict({"model": ArrayRecord(private._module.state_dict())})
+    trained = opacus_steps(study, model, inputs, labels, task_named(study.task).loss)
+    content = RecordDict({"model": ArrayRecord(trained.state_dict())})
     return Message(content, reply_to=message)
 
 
@@ -88,7 +70,7 @@ def _records(features: FeatureMap, records: int, node: int) -> tuple[Tensor, Ten
     generator = torch.Generator().manual_seed(node % 2**31)
     shape = (1, *features.image_shape) if features.image_shape else (features.width,)
     inputs = torch.randn(records, *shape, generator=generator)
-    return inputs, torch.randint(0, 2, (records,), generator=generator).float()
+    return inputs, torch.randint(0, 2, (records,), generator=generator)
 
 
 def _main(asked: dict[str, Any]) -> float:

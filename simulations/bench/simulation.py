@@ -18,21 +18,16 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable
-from contextlib import redirect_stderr
 from dataclasses import replace
-from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from opacus import PrivacyEngine
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from client.hospital import Hospital
 from client.training import Assignment
@@ -43,18 +38,20 @@ from common.privacy.budget import budget_of
 from common.randomness import SeededNoise
 from common.study import Study, parse_study
 from common.tables import Table, TableReport
+from common.tasks import task_named
 from common.tensors import get_vector, load_tensors, set_vector, trainable
 from server.conduct import Progress
 from server.store import RunFolder
 from simulations.bench.flower_ray import round_cpu_s
 from simulations.bench.models import VOCABULARY, lora_transformer
+from simulations.bench.usual import LEARNING_RATE, opacus_steps
 from simulations.engine import Cohort, Lane, Round, updates_of
 from simulations.hospitals import Site, World, open_world, seeded_noise
 from simulations.simulate import InProcess, run_in_process
-from simulations.tiles import BATCH_BYTES, hospital_bytes, tiles
+from simulations.tiles import BATCH_BYTES, tiles
 
 _ROUNDS = 6
-_RATE, _CLIP, _NOISE_SEED = 0.1, 1.0, 1
+_NOISE_SEED = 1
 _WIDTH = 32
 SCALES = (100, 1_000, 10_000)
 
@@ -143,49 +140,27 @@ def _scale_here(hospitals: int) -> dict[str, Any]:
 
 
 def _opacus_loop(study: Study, hospitals: list[Hospital]) -> float:
-    """One hospital after another, each with an Opacus engine over a Poisson loader."""
-    features, noise = _features(study), budget_of(study).noise_multiplier
+    """One hospital after another, each with an Opacus engine."""
+    features, loss = _features(study), task_named(study.task).loss
     start = get_vector(build_teacher(study, features))
-    steps, rate = study.finetune.local_steps, study.finetune.sampling_rate
 
     def one(hospital: Hospital) -> None:
         model = build_teacher(study, features)
         set_vector(model, start)
         inputs, labels = features.encode(hospital.train), torch.from_numpy(hospital.train.labels)
-        optimiser: Any = torch.optim.SGD(model.parameters(), lr=_RATE)
-        loader: Any = DataLoader(
-            TensorDataset(inputs, labels.float()), batch_size=round(rate * len(labels))
-        )
-        private, optimiser, loader = PrivacyEngine().make_private(
-            module=model.train(),
-            optimizer=optimiser,
-            data_loader=loader,
-            noise_multiplier=noise,
-            max_grad_norm=_CLIP,
-        )
-        taken = 0
-        while taken < steps:
-            for batch, wanted in loader:
-                optimiser.zero_grad()
-                _mean_loss(private, batch, wanted).backward()  # type: ignore[no-untyped-call]
-                optimiser.step()
-                taken += 1
-                if taken == steps:
-                    break
+        opacus_steps(study, model, inputs, labels, loss)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return _cpu_s(lambda: deque(map(one, hospitals), maxlen=0))
+    return _cpu_s(lambda: deque(map(one, hospitals), maxlen=0))
 
 
 def _plain_loop(study: Study, hospitals: list[Hospital]) -> float:
     """One hospital after another, one model, plain autograd and SGD: no privacy at all."""
-    features = _features(study)
+    features, loss = _features(study), task_named(study.task).loss
     model = build_teacher(study, features).train()
     start = get_vector(model)
     steps, rate = study.finetune.local_steps, study.finetune.sampling_rate
     generator = torch.Generator().manual_seed(0)
-    optimiser = torch.optim.SGD(trainable(model), lr=_RATE)
+    optimiser = torch.optim.SGD(trainable(model), lr=LEARNING_RATE)
 
     def one(hospital: Hospital) -> Tensor:
         set_vector(model, start)
@@ -194,7 +169,7 @@ def _plain_loop(study: Study, hospitals: list[Hospital]) -> float:
         for _ in range(steps):
             rows = torch.randperm(len(labels), generator=generator)[:batch]
             optimiser.zero_grad()
-            _mean_loss(model, inputs[rows], labels[rows].float()).backward()  # type: ignore[no-untyped-call]
+            loss(model(inputs[rows]), labels[rows]).mean().backward()  # type: ignore[no-untyped-call]
             optimiser.step()
         return get_vector(model) - start
 
@@ -206,10 +181,6 @@ def _flower_ray(study: Study, hospitals: int, records: int) -> float | None:
     if importlib.util.find_spec("ray") is None:
         return None
     return round_cpu_s(study, hospitals, records)
-
-
-def _mean_loss(model: nn.Module, inputs: Tensor, wanted: Tensor) -> Tensor:
-    return nn.functional.binary_cross_entropy_with_logits(model(inputs)[:, 0], wanted)
 
 
 def _cpu_s(work: Callable[[], object]) -> float:
@@ -284,15 +255,10 @@ def _stacked_transformer(
     made: list[Tensor] = []
 
     def work() -> None:
-        assignment = _assignment(study)
-        round_ = Round(assignment, _cohort(inputs, targets, hospitals))
+        round_ = Round(_assignment(study), _cohort(inputs, targets, hospitals))
         lanes = _lanes(hospitals)
-        each = hospital_bytes(
-            assignment.model, inputs[:1], len(inputs) // hospitals, assignment.charge.plan
-        )
-        made[:] = [
-            updates_of(round_, lanes[tile]) for tile in tiles([each] * hospitals, BATCH_BYTES)
-        ]
+        sizes = [round_.bytes_of(lane.node) for lane in lanes]
+        made[:] = [updates_of(round_, lanes[tile]) for tile in tiles(sizes, BATCH_BYTES)]
 
     cpu_s = statistics.median(_cpu_s(work) for _ in range(3))
     return cpu_s, torch.cat(made)
@@ -309,28 +275,13 @@ def _twin_updates(study: Study, inputs: Tensor, targets: Tensor, hospitals: int)
 
 
 def _opacus_transformers(study: Study, inputs: Tensor, targets: Tensor, hospitals: int) -> float:
-    each, noise = len(inputs) // hospitals, budget_of(study).noise_multiplier
+    loss, each = task_named(study.task).loss, len(inputs) // hospitals
 
     def one(number: int) -> None:
         part = slice(number * each, (number + 1) * each)
-        model = _small_transformer()
-        optimiser: Any = torch.optim.SGD(trainable(model), lr=_RATE)
-        loader: Any = DataLoader(TensorDataset(inputs[part], targets[part]), batch_size=each // 2)
-        private, optimiser, loader = PrivacyEngine().make_private(
-            module=model.train(),
-            optimizer=optimiser,
-            data_loader=loader,
-            noise_multiplier=noise,
-            max_grad_norm=_CLIP,
-        )
-        for batch, wanted in loader:  # two of them, as the loader counts
-            optimiser.zero_grad()
-            nn.functional.cross_entropy(private(batch), wanted).backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
+        opacus_steps(study, _small_transformer(), inputs[part], targets[part], loss)
 
-    with warnings.catch_warnings(), redirect_stderr(StringIO()):
-        warnings.simplefilter("ignore")
-        return _cpu_s(lambda: deque(map(one, range(hospitals)), maxlen=0))
+    return _cpu_s(lambda: deque(map(one, range(hospitals)), maxlen=0))
 
 
 # What is worked on
@@ -370,7 +321,7 @@ def _images(rounds: int) -> Study:
 def _study(
     rounds: int, *, columns: list[dict[str, Any]], steps: int, rate: float, **parts: Any
 ) -> Study:
-    sgd = {"kind": "sgd", "learning_rate": _RATE}
+    sgd = {"kind": "sgd", "learning_rate": LEARNING_RATE}
     return parse_study(
         {
             **parts,
@@ -388,7 +339,7 @@ def _study(
                 "optimiser": sgd,
             },
             "distill": {"on": "public", "steps": 1, "optimiser": sgd},
-            "privacy": {"trust": "local", "epsilon": 8.0, "delta": 1e-5, "clip_norm": _CLIP},
+            "privacy": {"trust": "local", "epsilon": 8.0, "delta": 1e-5, "clip_norm": 1.0},
             "evaluation": {"folds": 9},
         },
         origin="simulation",
