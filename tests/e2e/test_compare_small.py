@@ -17,6 +17,7 @@ from simulations.evaluation import finished_models, score, together
 from simulations.report import write_report
 from simulations.run_report import write_run_report
 from simulations.simulate import load_hospitals, resume, simulate
+from tests.e2e.interruptions import stop_in_the_third_run
 
 EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
 NOISE_SEED = 7
@@ -52,12 +53,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, l
     """Stopped in the middle of a round of the third run, then continued to the end."""
     folder = tmp_path_factory.mktemp("comparison") / "c"
 
-    def stop(step: CompareProgress) -> None:
-        if step.number == 3 and step.progress and step.progress.stage == "finetune":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(folder, stop)
+    stop_in_the_third_run(lambda stop: run(folder, stop))
     assert not (folder / "comparison.json").exists()
     steps: list[CompareProgress] = []
     return run(folder, steps.append), steps

@@ -135,15 +135,7 @@ def in_process(folder: Path, run: Path) -> None:
 
 @pytest.mark.timeout(180)
 def test_flower_engine_and_in_process_runs_are_equal(wisconsin: Study, tmp_path: Path) -> None:
-    study = wisconsin.revised(
-        finetune__rounds=2,
-        finetune__sampling_rate=0.5,
-        pretrain__steps=10,
-        distill__on="patients",
-        distill__rounds=1,
-        simulation__hospitals=HOSPITALS,
-        federation__minimum_hospitals=HOSPITALS,
-    )
+    study = short(wisconsin)
     folder, theirs, ours = tmp_path / "split", tmp_path / "theirs", tmp_path / "ours"
     write_world(build_world(study, Path()), folder, noise_seed=SEED)
     home = tmp_path / "flwr"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from simulations.run_report import write_run_report
 from simulations.scenario_words import scenario_lines
 from simulations.simulate import load_hospitals, resume, simulate
 from simulations.summary import summarise
+from tests.e2e.interruptions import Interrupted, stopping_at
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,22 +49,6 @@ KEPT = (
     "result.json",
     "traffic.jsonl",
 )
-
-
-class Interrupted(BaseException):
-    """As Ctrl-C, not an ordinary error."""
-
-
-def stopping_at(count: int) -> Callable[[Progress], None]:
-    seen = 0
-
-    def watch(_: Progress) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == count:
-            raise Interrupted
-
-    return watch
 
 
 def rough(wisconsin: Study) -> Study:

@@ -27,6 +27,7 @@ from server.conduct import Progress
 from server.store import Checkpoint, RunFolder
 from simulations.evaluation import finished_models, round_curve, score, together
 from simulations.simulate import load_hospitals, resume, simulate
+from tests.e2e.interruptions import Interrupted, stopping_at
 
 Change = dict[str, Any]
 
@@ -280,22 +281,6 @@ ROADS: dict[str, Change] = {
         "federation__server_learning_rate": 0.05,
     },
 }
-
-
-class Interrupted(BaseException):
-    """As Ctrl-C, not an ordinary error."""
-
-
-def stopping_at(count: int) -> Callable[[Progress], None]:
-    seen = 0
-
-    def watch(_: Progress) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == count:
-            raise Interrupted
-
-    return watch
 
 
 @pytest.mark.parametrize("noise", ["seeded", "secret"])

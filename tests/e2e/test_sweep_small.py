@@ -26,6 +26,7 @@ from simulations.sweep import Sweep, checked_combinations, sweep
 from simulations.sweep_report import write_sweep_report
 from simulations.sweep_tables import nothing_chosen
 from simulations.worlds import Worlds
+from tests.e2e.interruptions import stop_in_the_third_run
 
 EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
 NOISE_SEED = 7
@@ -58,12 +59,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     """Stopped in the middle of a round of the third run, then continued to the end."""
     folder = tmp_path_factory.mktemp("sweep") / "s"
 
-    def stop(step: CompareProgress) -> None:
-        if step.number == 3 and step.progress and step.progress.stage == "finetune":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(folder, stop)
+    stop_in_the_third_run(lambda stop: run(folder, stop))
     assert not (folder / "results.json").exists()
     steps: list[CompareProgress] = []
     found = run(folder, steps.append)
