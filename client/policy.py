@@ -19,10 +19,10 @@ from client.spend import Accounting, Limits, charged_events
 from common.errors import RefusalError
 from common.privacy.accounting import GaussianEvent
 from common.privacy.units import PrivacyUnit, Relation
+from common.strict import Count
 
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
 Names = tuple[Annotated[str, Field(min_length=1)], ...]
 
 _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")

@@ -14,15 +14,11 @@ from pydantic import Field, model_validator
 from common.dictionary import Column, Scalar
 from common.errors import nearest
 from common.privacy.units import Trust
-from common.strict import Strict
+from common.strict import Count, Fraction, NotNegative, Positive, Strict
 
 if TYPE_CHECKING:
     from common.study import Study
 
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
 Some = tuple[str, ...] | Count
 """Hospitals by name, or so many of them, drawn by the study's seed."""
 

@@ -18,8 +18,8 @@ from common.scenario import (
     ParticipationSpec,
     StragglersSpec,
 )
+from common.simulation import SimulationSpec
 from common.strict import Strict
-from common.study import SimulationSpec
 from simulations.reference import default_words, value_words
 
 _PARTITIONS = {

@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from common.errors import DataError, StudyError
-from common.study import SimulationSpec, SitesSpec
+from common.simulation import SimulationSpec, SitesSpec
 from common.tables import Table
 
 Integers = NDArray[np.int64]

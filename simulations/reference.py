@@ -29,6 +29,7 @@ from common.scenario import (
     ScenarioSpec,
     StragglersSpec,
 )
+from common.simulation import HospitalData, SimulationSpec, SitesSpec
 from common.sources import (
     ClinicalColumn,
     ColumnMapping,
@@ -48,14 +49,11 @@ from common.study import (
     EvaluationSpec,
     FederationSpec,
     FinetuneSpec,
-    HospitalData,
     ModelSpec,
     OptimiserSpec,
     PretrainSpec,
     PrivacySpec,
     PublicSpec,
-    SimulationSpec,
-    SitesSpec,
     Study,
 )
 

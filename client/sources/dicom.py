@@ -95,7 +95,7 @@ class DicomFolder:
                 burned_in = str(header.get("BurnedInAnnotation") or "").upper()
                 has_pixels = "PixelData" in header
                 patient = _text(header.get("PatientID"))
-        except Exception:
+        except Exception:  # pydicom raises whatever a damaged header leads it to
             self._files_out.add("they are no DICOM files, or their header is damaged", name)
             return None
         if not has_pixels:

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.errors import StudyError
+from common.simulation import SimulationSpec
 from common.strict import parse_strict
-from common.study import SimulationSpec, Study, parse_study
+from common.study import Study, parse_study
 from common.tables import Table
 from simulations.partitions import partition
 from simulations.poison import attackers, poisoned, stamp, without_columns

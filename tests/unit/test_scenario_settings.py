@@ -10,7 +10,8 @@ import pytest
 
 from common.errors import StudyError
 from common.scenario import ScenarioSpec
-from common.study import SimulationSpec, Study, parse_study
+from common.simulation import SimulationSpec
+from common.study import Study, parse_study
 from simulations.arms import under_one_roof
 from simulations.catalogue import catalogue, catalogue_tables
 
