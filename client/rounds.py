@@ -11,7 +11,6 @@ from client.training import Assignment, charge_of, features_of, load_student, re
 from common.errors import RefusalError
 from common.features import FeatureMap, moment_contributions
 from common.learning.evaluate import answer
-from common.learning.metrics import score_histogram
 from common.models import Student
 from common.privacy.budget import Charge, budget_of, evaluation_budget_of, evaluation_charge
 from common.privacy.plan import StepPlan, combine_records
@@ -139,8 +138,8 @@ def evaluate(hospital: Hospital, task: EvaluateTask) -> EvaluateReply:
     )
     asked = release_of(hospital, charge, table, units, round_number=0, request=request)
     histogram = hospital.guard.release(asked, compute)
-    classes = len(study.dictionary.label.classes)
-    return EvaluateReply(hospital=hospital.name, histogram=histogram.reshape(classes, -1))
+    shape = task_named(study.task).release_shape(study.dictionary, study.evaluation.bins)
+    return EvaluateReply(hospital=hospital.name, histogram=histogram.reshape(shape))
 
 
 def moments_by_unit(hospital: Hospital, table: Table) -> Tensor:
@@ -152,12 +151,12 @@ def moments_by_unit(hospital: Hospital, table: Table) -> Tensor:
 def scores_by_unit(
     hospital: Hospital, student: Student, features: FeatureMap, table: Table
 ) -> Tensor:
-    """Each unit's part in the histogram of scores by label [units, classes · bins]."""
+    """Each unit's part in what is released of the evaluation [units, length]."""
     study = hospital.study
     owners, _ = units_of(table, study.privacy.unit)
-    answers = answer(student, features.encode(table))
-    probabilities = task_named(study.task).probabilities(answers).double().numpy()
-    each = score_histogram(table.labels, probabilities, owners, study.evaluation.bins)
+    task, answers = task_named(study.task), answer(student, features.encode(table))
+    predictions = task.predictions(answers).double().numpy()
+    each = task.contributions(table.labels, predictions, owners, study.evaluation.bins)
     return torch.from_numpy(each)
 
 

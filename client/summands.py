@@ -7,6 +7,7 @@ to the charge's norm and rounds; a patient moves the sum of integers by no more 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,12 +21,12 @@ from client.training import charge_of, features_of, load_student, read_assignmen
 from common.errors import RefusalError
 from common.features import moment_count
 from common.learning.gradients import PerRecordGradients
-from common.learning.metrics import histogram_shape
 from common.privacy.budget import Charge
 from common.privacy.plan import combine_records
 from common.randomness import Stream
 from common.secagg.encoding import Encoding
 from common.tables import Table
+from common.tasks import task_named
 from common.wire import AggregateTask
 
 Integers = NDArray[np.int64]
@@ -100,13 +101,13 @@ def _step(hospital: Hospital, task: AggregateTask, charge: Charge) -> Summand:
 
 
 def _histogram(hospital: Hospital, task: AggregateTask, charge: Charge) -> Summand:
-    """The test patients' scores by label, under the student that was sent."""
+    """What the test patients add to the evaluation of the student that was sent."""
     study = hospital.study
     features = features_of(study, task.scaling)
     student = load_student(study, features, task.student)
-    classes, bins = histogram_shape(len(study.dictionary.label.classes), study.evaluation.bins)
+    shape = task_named(study.task).release_shape(study.dictionary, study.evaluation.bins)
 
     def integers(table: Table, encoding: Encoding, _: Stream) -> Integers:
         return encoding.encode(scores_by_unit(hospital, student, features, table).numpy())
 
-    return Summand(charge, hospital.test, classes * bins, integers)
+    return Summand(charge, hospital.test, math.prod(shape), integers)

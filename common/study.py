@@ -23,6 +23,7 @@ from common.scenario import check_scenario, column_named
 from common.simulation import SimulationSpec
 from common.sources import TableSource
 from common.strict import Count, Fraction, Positive, Strict, parse_strict
+from common.tasks import task_named
 
 # TOML carries words, the code carries types; strict mode would refuse the conversion.
 UnitField = Annotated[PrivacyUnit, Field(strict=False)]
@@ -226,7 +227,7 @@ class Study(Strict):
     """A whole study. See deploy/examples/ for commented files."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
-    task: Literal["diagnosis", "imaging"]
+    task: str
     seed: Annotated[int, Field(ge=0)] = 0
     scaling: Literal["ranges", "public", "private"] = "ranges"
     dictionary: Dictionary
@@ -243,16 +244,8 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
+        task_named(self.task).check(self.dictionary)
         image = self.dictionary.image_shape is not None
-        if image != (self.task == "imaging"):
-            raise ValueError(
-                f"task = {self.task!r} "
-                + (
-                    "needs one image column"
-                    if not image
-                    else "takes no image column; did you mean task = 'imaging'?"
-                )
-            )
         wanted = "cnn" if image else "mlp"
         for role, spec in (("teacher", self.teacher), ("student", self.student)):
             if spec.kind != wanted:

@@ -135,7 +135,7 @@ def _probabilities(
     task = task_named(study.task)
     return np.concatenate(
         [
-            task.probabilities(answer(model, features.encode(table))).double().numpy()
+            task.predictions(answer(model, features.encode(table))).double().numpy()
             for table in tables
         ]
     )

@@ -52,7 +52,7 @@ def score(
         Scores(
             hospital.name,
             hospital.test.labels,
-            task.probabilities(answer(model, features.encode(hospital.test))).double().numpy(),
+            task.predictions(answer(model, features.encode(hospital.test))).double().numpy(),
         )
         for hospital in hospitals
     ]

@@ -11,13 +11,13 @@ from functools import lru_cache
 
 from common.errors import PrivacyError, SecAggError, StudyError
 from common.features import FeatureMap, moment_count, range_scaling
-from common.learning.metrics import histogram_shape
 from common.models import build_student, build_teacher
 from common.privacy.budget import stage_charge
 from common.privacy.units import Trust
 from common.secagg.encoding import Encoding
 from common.secagg.terms import Terms
 from common.study import Study
+from common.tasks import task_named
 from common.tensors import digest_tensors, get_vector
 from common.wire import AggregateTask
 
@@ -88,7 +88,7 @@ def _lengths(study: Study) -> dict[str, int]:
     features = FeatureMap(study.dictionary, range_scaling(study.dictionary))
     teacher = build_teacher(study, features)
     teacher.encoder.requires_grad_(study.finetune.trainable == "all")
-    shape = histogram_shape(len(study.dictionary.label.classes), study.evaluation.bins)
+    shape = task_named(study.task).release_shape(study.dictionary, study.evaluation.bins)
     found = {"finetune": get_vector(teacher).numel()}
     if study.scaling == "private":
         found["statistics"] = moment_count(study.dictionary)

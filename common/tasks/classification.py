@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from common.dictionary import Dictionary
+from common.learning.metrics import (
+    accuracy,
+    accuracy_from_histogram,
+    auc,
+    auc_from_histogram,
+    histogram_shape,
+    score_histogram,
+)
+from common.tasks.task import Floats, Measure
 
 
 @dataclass(frozen=True)
 class Classification:
-    """Two classes use one logit (of class 1), more use one logit each."""
+    """Two classes use one logit (of class 1), more use one logit each.
+
+    ``image``: whether a record is one image, and not columns of a table.
+    """
 
     name: str
+    image: bool
+
+    measures = (Measure("auc", "AUC"), Measure("accuracy", "accuracy"))
+
+    def check(self, dictionary: Dictionary) -> None:
+        """An image where one is expected, and only there."""
+        found = dictionary.image_shape is not None
+        if found != self.image:
+            raise ValueError(
+                f"task = {self.name!r} "
+                + (
+                    "needs one image column"
+                    if self.image
+                    else "takes no image column; did you mean task = 'imaging'?"
+                )
+            )
 
     def outputs(self, dictionary: Dictionary) -> int:
         """1 for two classes, else the number of classes."""
@@ -43,9 +75,39 @@ class Classification:
             each = functional.cross_entropy(soft, targets, reduction="none")
         return each * temperature**2
 
-    def probabilities(self, answers: Tensor) -> Tensor:
+    def predictions(self, answers: Tensor) -> Tensor:
         """Class probabilities [rows, classes]."""
         if answers.shape[1] == 1:
             positive = torch.sigmoid(answers)
             return torch.cat([1 - positive, positive], dim=1)
         return torch.softmax(answers, dim=1)
+
+    def figures(
+        self,
+        dictionary: Dictionary,  # noqa: ARG002
+        labels: NDArray[Any],
+        predictions: Floats,
+    ) -> dict[str, float]:
+        """Area under the ROC curve (NaN with a single class) and accuracy."""
+        return {"auc": auc(labels, predictions), "accuracy": accuracy(labels, predictions)}
+
+    def contributions(
+        self, labels: NDArray[Any], predictions: Floats, owners: NDArray[np.int64], bins: int
+    ) -> Floats:
+        """A histogram of scores by label; see ``score_histogram``."""
+        return score_histogram(labels, predictions, owners, bins)
+
+    def release_shape(self, dictionary: Dictionary, bins: int) -> tuple[int, int]:
+        """Labels × bins of the score."""
+        return histogram_shape(len(dictionary.label.classes), bins)
+
+    def released_figures(
+        self,
+        dictionary: Dictionary,  # noqa: ARG002
+        counts: Floats,
+    ) -> dict[str, float]:
+        """Accuracy, and with two classes the AUC: neither is held within [0, 1]."""
+        return {
+            "auc": auc_from_histogram(counts) if len(counts) == 2 else math.nan,
+            "accuracy": accuracy_from_histogram(counts),
+        }

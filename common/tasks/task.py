@@ -1,0 +1,88 @@
+"""What a medical question is to the pipeline: what is learned, how it is judged and released."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.dictionary import Dictionary
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure by which models are compared.
+
+    ``key``: its name in JSON; ``title``: its name in tables and plots.
+    ``bounds``: what it can be, None where it has no end.
+    """
+
+    key: str
+    title: str
+    higher_is_better: bool = True
+    bounds: tuple[float | None, float | None] = (0.0, 1.0)
+
+
+class Task(Protocol):
+    """Everything the pipeline needs to know of a medical question.
+
+    Losses are per record, never averaged: privacy clips each patient before any sum.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name a study file uses."""
+        ...
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """The figures of a model; the first decides which of two models is better."""
+        ...
+
+    def check(self, dictionary: Dictionary) -> None:
+        """Raises ValueError, in one line, when these columns and this outcome make no such task."""
+        ...
+
+    def outputs(self, dictionary: Dictionary) -> int:
+        """Width of a model's answer."""
+        ...
+
+    def loss(self, answers: Tensor, labels: Tensor) -> Tensor:
+        """Loss of each record [rows] from answers [rows, outputs] and labels [rows, …]."""
+        ...
+
+    def distill_loss(self, answers: Tensor, taught: Tensor, temperature: float) -> Tensor:
+        """Distance of the student's answers to the teacher's, per record [rows]."""
+        ...
+
+    def predictions(self, answers: Tensor) -> Tensor:
+        """What an answer says to a reader [rows, …]: probabilities, a curve, an effect."""
+        ...
+
+    def figures(
+        self, dictionary: Dictionary, labels: NDArray[Any], predictions: Floats
+    ) -> dict[str, float]:
+        """Every measure by its key, over these records; NaN where it does not exist."""
+        ...
+
+    def contributions(
+        self, labels: NDArray[Any], predictions: Floats, owners: NDArray[np.int64], bins: int
+    ) -> Floats:
+        """What each unit adds to the released evaluation: [units, length], L2 norm at most 1.
+
+        ``owners`` [rows] names each record's unit.
+        """
+        ...
+
+    def release_shape(self, dictionary: Dictionary, bins: int) -> tuple[int, int]:
+        """Shape of the sum of contributions; its product is their length."""
+        ...
+
+    def released_figures(self, dictionary: Dictionary, counts: Floats) -> dict[str, float]:
+        """The measures that a (noised) sum of contributions shows; NaN for the others."""
+        ...
