@@ -40,7 +40,7 @@ def preview_own(folder: Path, study: Study, rows: int) -> list[Any]:
     numbers: dict[str, int] = {}
     patients = [numbers.setdefault(one, len(numbers) + 1) for one in shown.patients]
     label = study.dictionary.label
-    outcomes = [str(label.classes[one][0]) for one in shown.labels]
+    outcomes = [", ".join(str(cell) for cell in label.cells(one)) for one in shown.labels]
     if study.dictionary.image_shape is not None:
         pictures = shown.values[study.dictionary.columns[0].name]
         found: list[Any] = []

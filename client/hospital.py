@@ -149,7 +149,7 @@ def split_patients(
     """
     patients, owners = table.by_patient
     label = np.zeros(len(patients), dtype=np.int64)
-    np.maximum.at(label, owners, table.labels)
+    np.maximum.at(label, owners, table.dictionary.label.strata(table.labels))
     if len(patients) < evaluation.folds:
         raise DataError(
             f"{name}: expected at least {evaluation.folds} patients for as many folds, "

@@ -18,7 +18,7 @@ from common.privacy.units import Trust
 from common.randomness import Stream
 from common.study import Study
 from common.tables import Table
-from common.tasks import task_named
+from common.tasks import task_of
 from common.tensors import digest_tensors
 from common.wire import (
     EvaluateReply,
@@ -138,7 +138,7 @@ def evaluate(hospital: Hospital, task: EvaluateTask) -> EvaluateReply:
     )
     asked = release_of(hospital, charge, table, units, round_number=0, request=request)
     histogram = hospital.guard.release(asked, compute)
-    shape = task_named(study.task).release_shape(study.dictionary, study.evaluation.bins)
+    shape = task_of(study).release_shape(study.evaluation.bins)
     return EvaluateReply(hospital=hospital.name, histogram=histogram.reshape(shape))
 
 
@@ -154,7 +154,7 @@ def scores_by_unit(
     """Each unit's part in what is released of the evaluation [units, length]."""
     study = hospital.study
     owners, _ = units_of(table, study.privacy.unit)
-    task, answers = task_named(study.task), answer(student, features.encode(table))
+    task, answers = task_of(study), answer(student, features.encode(table))
     predictions = task.predictions(answers).double().numpy()
     each = task.contributions(table.labels, predictions, owners, study.evaluation.bins)
     return torch.from_numpy(each)

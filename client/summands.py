@@ -26,7 +26,7 @@ from common.privacy.plan import combine_records
 from common.randomness import Stream
 from common.secagg.encoding import Encoding
 from common.tables import Table
-from common.tasks import task_named
+from common.tasks import task_of
 from common.wire import AggregateTask
 
 Integers = NDArray[np.int64]
@@ -105,7 +105,7 @@ def _histogram(hospital: Hospital, task: AggregateTask, charge: Charge) -> Summa
     study = hospital.study
     features = features_of(study, task.scaling)
     student = load_student(study, features, task.student)
-    shape = task_named(study.task).release_shape(study.dictionary, study.evaluation.bins)
+    shape = task_of(study).release_shape(study.evaluation.bins)
 
     def integers(table: Table, encoding: Encoding, _: Stream) -> Integers:
         return encoding.encode(scores_by_unit(hospital, student, features, table).numpy())

@@ -10,23 +10,23 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from client.hospital import units_of
 from common.errors import RefusalError
 from common.features import FeatureMap, scaling_from_tensor
 from common.learning import loop
 from common.learning.capture import Loss
-from common.learning.evaluate import answer
+from common.learning.evaluate import answer, codes
 from common.learning.gradients import choose_engine, plain_gradient, private_gradient
 from common.learning.loop import Gradient
 from common.learning.records import Records
-from common.models import Student, Teacher, build_student, build_teacher
+from common.models import Student, Teacher, build_student, build_teacher, learner
 from common.privacy.budget import Charge, stage_charge
 from common.randomness import Stream
 from common.study import OptimiserSpec, Study
 from common.tables import Table
-from common.tasks import task_named
+from common.tasks import task_of
 from common.tensors import get_vector
 from common.wire import AggregateTask, TrainTask
 
@@ -35,7 +35,9 @@ from common.wire import AggregateTask, TrainTask
 class Assignment:
     """One round of ``stage``: ``model`` learns from ``start`` [d] under ``charge``.
 
-    ``teacher``: whose answers are the targets; None where the labels are.
+    ``encoder``: what turns records into what ``model`` sees, no part of which learns; None where
+    the model sees the records themselves. ``teacher``: whose answers are the targets; None where
+    the labels are.
     """
 
     study: Study
@@ -44,8 +46,9 @@ class Assignment:
     attempt: int
     charge: Charge
     features: FeatureMap
-    model: Teacher | Student
-    teacher: Teacher | None
+    model: nn.Module
+    encoder: Teacher | None = None
+    teacher: Teacher | None = None
 
     @cached_property
     def start(self) -> Tensor:
@@ -55,7 +58,7 @@ class Assignment:
     @property
     def loss(self) -> Loss:
         """Per-record losses: against labels, or against the teacher's answers."""
-        task, temperature = task_named(self.study.task), self.study.distill.temperature
+        task, temperature = task_of(self.study), self.study.distill.temperature
         if self.teacher is None:
             return task.loss
         return lambda answers, taught: task.distill_loss(answers, taught, temperature)
@@ -74,9 +77,10 @@ class Assignment:
     def pairs(self, table: Table) -> tuple[Tensor, Tensor]:
         """Inputs [rows, …] and targets [rows, …] of each row by itself."""
         inputs = self.features.encode(table)
-        if self.teacher is None:
-            return inputs, torch.from_numpy(table.labels)
-        return inputs, answer(self.teacher, inputs)
+        if self.teacher is not None:
+            return inputs, answer(self.teacher, inputs)
+        targets = task_of(self.study).targets(table.labels)
+        return (inputs if self.encoder is None else codes(self.encoder, inputs)), targets
 
     def gradient(self, records: Records, declared: int, stream: Stream) -> Gradient:
         """Where one hospital's gradients come from; all its draws are from ``stream``."""
@@ -125,12 +129,8 @@ def read_assignment(study: Study, task: TrainTask | AggregateTask) -> Assignment
     charge = charge_of(study, task.stage, task.round)
     features = features_of(study, task.scaling)
     teacher = load_teacher(study, features, task.teacher)
-    model: Teacher | Student
-    if task.stage == "finetune":
-        model = teacher
-        model.encoder.requires_grad_(study.finetune.trainable == "all")
-    else:
-        model = load_student(study, features, task.student)
+    tuning = task.stage == "finetune"
+    model = learner(study, teacher) if tuning else load_student(study, features, task.student)
     return Assignment(
         study=study,
         stage=task.stage,
@@ -139,7 +139,8 @@ def read_assignment(study: Study, task: TrainTask | AggregateTask) -> Assignment
         charge=charge,
         features=features,
         model=model,
-        teacher=None if task.stage == "finetune" else teacher,
+        encoder=teacher if tuning and model is teacher.head else None,
+        teacher=None if tuning else teacher,
     )
 
 

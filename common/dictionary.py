@@ -10,9 +10,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from common.labels import Label, Scalar
 from common.strict import Strict
-
-Scalar = float | int | str | bool
 
 
 class Column(Strict):
@@ -72,26 +71,6 @@ class Column(Strict):
         return self
 
 
-class Label(Strict):
-    """The outcome. ``classes`` in order: class 0 first; each lists the raw values it gathers."""
-
-    name: str = Field(min_length=1)
-    classes: tuple[tuple[Scalar, ...], ...] = Field(min_length=2)
-    class_names: tuple[str, ...] = ()
-
-    @model_validator(mode="after")
-    def _classes_are_disjoint(self) -> Self:
-        values = [value for group in self.classes for value in group]
-        if len(values) != len(set(values)) or not all(self.classes):
-            raise ValueError(f"classes must be non-empty and share no value, found {self.classes}")
-        if self.class_names and len(self.class_names) != len(self.classes):
-            raise ValueError(
-                f"expected {len(self.classes)} class_names, one per class, "
-                f"found {len(self.class_names)}"
-            )
-        return self
-
-
 class Dictionary(Strict):
     """All columns of a study. ``patient_id`` names the column that identifies the privacy unit;
     empty when every row is another patient."""
@@ -102,7 +81,7 @@ class Dictionary(Strict):
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
-        names = [column.name for column in self.columns] + [self.label.name]
+        names = [column.name for column in self.columns] + list(self.label.columns)
         if self.patient_id:
             names.append(self.patient_id)
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -114,6 +93,12 @@ class Dictionary(Strict):
                 f"an image study has the image as its only column, found {len(self.columns)}"
             )
         return self
+
+    @property
+    def modality(self) -> str:
+        """What a record is: ``table`` or ``image``."""
+        kind = self.columns[0].kind
+        return kind if kind == "image" else "table"
 
     @property
     def image_shape(self) -> tuple[int, int] | None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.dictionary import Column, Scalar
+from common.dictionary import Column
 from common.errors import nearest
+from common.labels import ClassLabel, Scalar
 from common.privacy.units import Trust
 from common.strict import Count, Fraction, NotNegative, Positive, Strict
 
@@ -204,8 +205,15 @@ def check_scenario(study: Study) -> None:
     if spec.missing_columns is not None:
         _check_missing(study, spec.missing_columns)
     _check_presence(study, spec, len(names))
+    label = study.dictionary.label
+    if spec.attack is not None and not isinstance(label, ClassLabel):
+        raise ValueError(
+            f"simulation.scenario.attack: what an attack did is told by classes, found "
+            f"dictionary.label.kind = {label.kind!r}; leave it out"
+        )
     if spec.attack is not None and spec.attack.kind == "backdoor":
-        _check_backdoor(study, spec.attack)
+        assert isinstance(label, ClassLabel)  # noqa: S101
+        _check_backdoor(study, spec.attack, len(label.classes))
     distributed = study.privacy.trust is Trust.DISTRIBUTED
     if distributed and spec.attack is not None and spec.attack.kind in ("sign_flip", "scale"):
         raise ValueError(
@@ -273,9 +281,8 @@ def _check_missing(study: Study, spec: MissingColumnsSpec) -> None:
             )
 
 
-def _check_backdoor(study: Study, spec: AttackSpec) -> None:
+def _check_backdoor(study: Study, spec: AttackSpec, classes: int) -> None:
     key = "simulation.scenario.attack"
-    classes = len(study.dictionary.label.classes)
     if spec.target_class is not None and spec.target_class >= classes:
         raise ValueError(
             f"{key}.target_class: classes count from 0 to {classes - 1}, found {spec.target_class}"

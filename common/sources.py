@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.dictionary import Scalar
+from common.labels import Scalar
 from common.strict import Strict
 
 Name = Annotated[str, Field(min_length=1)]

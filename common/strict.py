@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, TypeVar, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError
 
 from common.errors import StudyError, nearest
 
@@ -19,6 +19,17 @@ class Strict(BaseModel):
     """Frozen, and refuses what it does not know. Every setting in this code base is one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def told_by_kind(default: str) -> Discriminator:
+    """Models told apart by their key ``kind``, which is ``default`` where it is left out."""
+
+    def kind(given: Any) -> str:
+        if isinstance(given, dict):
+            return str(given.get("kind", default))
+        return str(getattr(given, "kind", ""))
+
+    return Discriminator(kind)
 
 
 Model = TypeVar("Model", bound=Strict)
@@ -72,6 +83,7 @@ def _one_line(model: type[Strict], error: ValidationError) -> str:
 def _about_tag(context: dict[str, Any]) -> str:
     """One of several models was meant, told apart by a key such as `kind`."""
     field = context["discriminator"].strip("'")
+    field = "kind" if field.endswith("()") else field  # a function that reads it
     if "tag" not in context:
         return f"{field}: missing, and it has no default"
     choices = [word.strip().strip("'") for word in context["expected_tags"].split(",")]

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 
 from common.dictionary import Dictionary
 from common.errors import StudyError
+from common.modelspec import MODELS, MlpSpec, ModelSpec, kind_of
 from common.privacy.units import PrivacyUnit, Relation, Trust
 from common.scenario import check_scenario, column_named
 from common.simulation import SimulationSpec
@@ -29,18 +30,6 @@ from common.tasks import task_named
 UnitField = Annotated[PrivacyUnit, Field(strict=False)]
 RelationField = Annotated[Relation, Field(strict=False)]
 TrustField = Annotated[Trust, Field(strict=False)]
-
-
-class ModelSpec(Strict):
-    """Size and shape of a network.
-
-    ``hidden``: widths of the hidden layers of an ``mlp``, channels of a ``cnn``'s stages.
-    ``skip``: the head also sees the inputs themselves (an ``mlp`` on tables only).
-    """
-
-    kind: Literal["mlp", "cnn"] = "mlp"
-    hidden: tuple[Count, ...] = Field(min_length=1)
-    skip: bool = False
 
 
 class OptimiserSpec(Strict):
@@ -244,18 +233,18 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        task_named(self.task).check(self.dictionary)
-        image = self.dictionary.image_shape is not None
-        wanted = "cnn" if image else "mlp"
+        task_named(self.task, self.dictionary)
+        modality = self.dictionary.modality
+        image = modality == "image"
         for role, spec in (("teacher", self.teacher), ("student", self.student)):
-            if spec.kind != wanted:
+            if modality not in spec.reads:
+                fitting = [one for one in MODELS if modality in one.reads]
+                names = " or ".join(repr(kind_of(one)) for one in fitting)
                 raise ValueError(
-                    f"{role}.kind: expected {wanted!r} for task = {self.task!r}, "
+                    f"{role}.kind: expected {names} for records of kind {modality}, "
                     f"found {spec.kind!r}"
                 )
-            if spec.skip and image:
-                raise ValueError(f"{role}.skip belongs to tables; leave it out for images")
-        if self.student.skip:
+        if isinstance(self.student, MlpSpec) and self.student.skip:
             raise ValueError("student.skip: a student is one plain network; leave it out")
         if image and self.scaling != "ranges":
             raise ValueError(

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.columns import KINDS, ColumnReport, Reading, absent_words, key_of, keys_of, recoding
+from common.columns import KINDS, ColumnReport, Reading, absent_words
 from common.derive import Derived
 from common.dictionary import Dictionary
 from common.errors import DataError, nearest
+from common.outcomes import outcome_of
 from common.readers import Chunk, Source, open_table
 from common.sources import ColumnMapping, TableSource
-
-_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,14 @@ class Table:
     ``values``: numeric columns as float32 [rows] with NaN for missing; binary and categorical as
     category indices [rows] (the smallest integer type) with -1 for missing; images as float32
     [rows, height, width].
-    ``labels``: class indices int64 [rows]; -1 throughout for public records without labels.
+    ``labels`` [rows, …]: as the dictionary's kind of label has them; unknown throughout for public
+    records.
     ``patients``: the identifier of each row's patient, as text [rows].
     """
 
     dictionary: Dictionary
     values: Mapping[str, NDArray[Any]]
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
     patients: NDArray[np.object_]
     report: TableReport = field(compare=False)
 
@@ -126,8 +126,8 @@ def harmonise(
     """
     readings = [KINDS[column.kind](column, mapping) for column in dictionary.columns]
     owners = _Owners(source, mapping, dictionary)
-    labels = _Labels(mapping, dictionary) if labelled else None
-    names = [name for one in (*readings, owners, labels) if one for name in one.names]
+    outcome = outcome_of(dictionary.label, mapping) if labelled else None
+    names = [name for one in (*readings, owners, outcome) if one for name in one.names]
     found = {name: _found(source, mapping, name) for name in names}
     values = [_Growing() for _ in readings]
     kept_labels, kept_owners, rows = _Growing(), _Growing(), 0
@@ -135,22 +135,23 @@ def harmonise(
     for chunk in source.chunks(list(dict.fromkeys(asked))):
         parts = [_read(one, chunk, found, source) for one in readings]
         count = len(parts[0])
-        classes = labels.read(chunk[found[labels.name]]) if labels else np.full(count, -1, np.int64)
+        labels, keep = dictionary.label.unknown(count), np.ones(count, dtype=bool)
+        if outcome is not None:
+            labels, keep = outcome.read(*(chunk[found[name]] for name in outcome.names))
         who = owners.read(chunk, found, range(rows, rows + count))
-        keep = classes >= 0 if labels else np.ones(count, dtype=bool)
         for grown, part in zip(values, parts, strict=True):
             grown.append(part[keep])
-        kept_labels.append(classes[keep])
+        kept_labels.append(labels[keep])
         kept_owners.append(who[keep])
         rows += count
     if rows == 0 or len(kept_labels) == 0:
         raise DataError(
             f"{source.origin}: expected records with a known {dictionary.label.name!r}, found none "
-            f"in {rows} rows; check the label's classes in the dictionary"
+            f"in {rows} rows; check the label's values in the dictionary"
             + "".join(f" ({one})" for one in source.notes()[:1])
         )
     columns = tuple(one.report() for one in readings)
-    problems = [*_problems(columns, dictionary, rows), *(labels.problems() if labels else ())]
+    problems = [*_problems(columns, dictionary, rows), *(outcome.problems() if outcome else ())]
     report = TableReport(
         rows=rows,
         patients=owners.count,
@@ -252,42 +253,6 @@ class _Owners:
                     f"{nameless} rows without; whose records they are decides what protects them"
                 )
         return np.array([self._known.setdefault(name, name) for name in names], dtype=object)
-
-
-class _Labels:
-    """The outcome's classes."""
-
-    def __init__(self, mapping: ColumnMapping, dictionary: Dictionary) -> None:
-        self.name = dictionary.label.name
-        self.names = (self.name,)
-        self._index = {
-            key_of(value): number
-            for number, group in enumerate(dictionary.label.classes)
-            for value in group
-        }
-        self._recode, self._absent = recoding(mapping, self.name), absent_words(mapping)
-        self._strange, self._examples = 0, set[str]()
-
-    def read(self, cells: NDArray[Any]) -> NDArray[np.int64]:
-        """Class indices of one chunk, -1 where unknown."""
-        codes, keys = keys_of(cells)
-        keys = [self._recode.get(key, key) for key in keys]
-        table = np.array([self._index.get(key, -1) for key in keys], dtype=np.int64)
-        odd = np.array([key not in self._index and key not in self._absent for key in keys], bool)
-        if odd.any():
-            self._strange += int(odd[codes].sum())
-            strange = {key for key, is_odd in zip(keys, odd, strict=True) if is_odd}
-            self._examples = set(sorted(self._examples | strange)[:_EXAMPLES])
-        return table[codes] if keys else np.empty(0, np.int64)
-
-    def problems(self) -> list[str]:
-        """Values of no class, in words."""
-        if not self._strange:
-            return []
-        return [
-            f"{self.name}: {self._strange} rows have values of no class "
-            f"({', '.join(sorted(self._examples))}) and are left out; recode them if they are meant"
-        ]
 
 
 def _problems(reports: Sequence[ColumnReport], dictionary: Dictionary, rows: int) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import RunError
 from common.features import (
@@ -26,7 +26,7 @@ from common.features import (
 )
 from common.learning.distill import distill_publicly, records_from_dictionary
 from common.learning.pretrain import pretrain
-from common.models import Student, Teacher, build_student, build_teacher, count_parameters
+from common.models import Student, Teacher, build_student, build_teacher, count_parameters, learner
 from common.privacy.budget import Budget, budget_of
 from common.secagg.plan import check_sums
 from common.study import Study
@@ -149,18 +149,16 @@ def conduct(
         student.load_state_dict(_prefixed(done.tensors, "student"))
 
     if done is None or done.stage in ("statistics", "pretrain", "finetune"):
-        teacher.encoder.requires_grad_(study.finetune.trainable == "all")
         _charged_stage(
             desk,
             "finetune",
             teacher,
             student,
-            teacher,
+            learner(study, teacher),
             moments,
             facts,
             done if done and done.stage == "finetune" else None,
         )
-        teacher.requires_grad_(True)
 
     if study.distill.on == "public":
         if done is None or done.stage != "distill":
@@ -188,12 +186,12 @@ def _charged_stage(
     stage: str,
     teacher: Teacher,
     student: Student,
-    model: Teacher | Student,
+    model: nn.Module,
     moments: Tensor,
     facts: dict[str, Any],
     done: Checkpoint | None,
 ) -> None:
-    """All rounds of ``stage``; ``model`` (teacher or student) holds the result afterwards."""
+    """All rounds of ``stage``; ``model`` (of the teacher, or the student) holds the result."""
     charge = desk.budget.charge(stage)
     state = _rule_state(done) if done else rules.start(get_vector(model))
     first, began = done.round if done else 0, time.monotonic()

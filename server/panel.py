@@ -20,7 +20,7 @@ from common.learning.optimisers import learning_rate_at
 from common.privacy.budget import stage_charge
 from common.privacy.units import Trust
 from common.study import Study
-from common.tasks import task_named
+from common.tasks import task_of
 from common.wire import (
     AggregateTask,
     EvaluateReply,
@@ -145,7 +145,7 @@ class Panel:
         study = self.study
         if study.evaluation.epsilon is None:
             return []
-        shape = task_named(study.task).release_shape(study.dictionary, study.evaluation.bins)
+        shape = task_of(study).release_shape(study.evaluation.bins)
         if self._in_sums:
             found = self._secure_sum(
                 "evaluate", math.prod(shape), student=task.student, scaling=task.scaling

@@ -18,7 +18,7 @@ from client.hospital import Hospital
 from common.learning.evaluate import answer
 from common.learning.metrics import accuracy, auc
 from common.study import Study
-from common.tasks import task_named
+from common.tasks import task_of
 from server.conduct import Progress
 from server.store import RunFolder
 from simulations.bootstrap import interval
@@ -132,7 +132,7 @@ def _probabilities(
     tables = [one.test for one in hospitals]
     if triggered and attack is not None:
         tables = [stamp(attack, table) for table in tables]
-    task = task_named(study.task)
+    task = task_of(study)
     return np.concatenate(
         [
             task.predictions(answer(model, features.encode(table))).double().numpy()

@@ -98,7 +98,7 @@ def value_words(value: Any) -> str:
 
 def known_keys() -> list[str]:
     """Every single value of a study file by its dotted key, lists of sections left out."""
-    return sorted(_keys(Study, ""))
+    return sorted(set(_keys(Study, "")))
 
 
 def _combination(study: Study, settings: Mapping[str, Any]) -> Combination:
@@ -158,24 +158,21 @@ def _folder_name(settings: Mapping[str, Any]) -> str:
 
 def _keys(model: type[Strict], prefix: str) -> Iterator[str]:
     for name, field in model.model_fields.items():
-        inner = _section(field.annotation)
-        if inner is not None:
-            yield from _keys(inner, f"{prefix}{name}.")
-        elif not _holds_sections(field.annotation):
+        inner = _sections(field.annotation)
+        for one in inner:
+            yield from _keys(one, f"{prefix}{name}.")
+        if not inner and not _holds_sections(field.annotation):
             yield prefix + name
 
 
-def _section(annotation: Any) -> type[Strict] | None:
-    """The section behind a key, or behind one that may be left out."""
+def _sections(annotation: Any) -> list[type[Strict]]:
+    """The section behind a key, or behind one that may be left out; all of which one is chosen."""
     if isinstance(annotation, type) and issubclass(annotation, Strict):
-        return annotation
+        return [annotation]
     if typing.get_origin(annotation) in (tuple, list, dict):
-        return None
-    found = [_section(one) for one in typing.get_args(annotation)]
-    return next((one for one in found if one is not None), None)
+        return []
+    return [found for one in typing.get_args(annotation) for found in _sections(one)]
 
 
 def _holds_sections(annotation: Any) -> bool:
-    return any(
-        _section(one) is not None or _holds_sections(one) for one in typing.get_args(annotation)
-    )
+    return any(bool(_sections(one)) or _holds_sections(one) for one in typing.get_args(annotation))

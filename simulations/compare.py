@@ -189,9 +189,9 @@ def _curves(
 def _hospital_facts(studies: Sequence[Study], worlds: Worlds) -> dict[str, HospitalFacts]:
     found: dict[str, list[tuple[int, int, int]]] = {}
     for study in studies:
-        classes = len(study.dictionary.label.classes)
+        label = study.dictionary.label
         for one in worlds.judges(study):
-            rarest = int(np.bincount(one.test.labels, minlength=classes).min())
+            rarest = int(np.bincount(label.strata(one.test.labels), minlength=label.groups).min())
             found.setdefault(one.name, []).append(
                 (one.declared_patients, len(set(one.test.patients)), rarest)
             )

@@ -196,6 +196,8 @@ class StackedEngine:
         key = f"{assignment.stage} {digest_tensors({'scaling': task.scaling})}"
         if assignment.teacher is not None:
             key += digest_tensors(task.teacher)
+        if assignment.encoder is not None:
+            key += digest_tensors(assignment.encoder.encoder.state_dict())
         if self._cohort is None or self._cohort[0] != key:
             self._cohort = (key, encode_together(assignment, self._hospitals))
         return self._cohort[1]

@@ -18,8 +18,9 @@ from client.training import load_student, load_teacher
 from common.features import FeatureMap, Scaling
 from common.learning.evaluate import answer
 from common.learning.metrics import Floats, accuracy, auc
+from common.models import Student, Teacher, learner
 from common.study import Study
-from common.tasks import task_named
+from common.tasks import task_of
 from common.tensors import load_tensors, set_vector
 from server.store import RunFolder
 
@@ -47,7 +48,7 @@ def score(
     model: nn.Module, study: Study, features: FeatureMap, hospitals: Sequence[Hospital]
 ) -> list[Scores]:
     """The model's scores on every hospital's test records."""
-    task = task_named(study.task)
+    task = task_of(study)
     return [
         Scores(
             hospital.name,
@@ -67,7 +68,7 @@ def together(scores: Sequence[Scores]) -> Scores:
     )
 
 
-def finished_models(run: RunFolder, study: Study) -> tuple[nn.Module, nn.Module, FeatureMap]:
+def finished_models(run: RunFolder, study: Study) -> tuple[Teacher, Student, FeatureMap]:
     """Teacher, student and feature map of a finished run."""
     result = run.read_json("result.json")
     scaling = Scaling({name: (mean, std) for name, (mean, std) in result["scaling"].items()})
@@ -82,14 +83,12 @@ def round_curve(
 ) -> list[tuple[int, float]]:
     """(round, AUC over all hospitals' test records) after each round of ``stage``."""
     teacher, student, features = finished_models(run, study)
-    model = teacher if stage == "finetune" else student
-    if stage == "finetune" and study.finetune.trainable == "head":
-        for parameter in teacher.encoder.parameters():  # type: ignore[union-attr]
-            parameter.requires_grad_(False)
+    model: nn.Module = teacher if stage == "finetune" else student
+    learning = learner(study, teacher) if stage == "finetune" else student
     points = []
     number = 1
     while (path := run.round_path(stage, number)).exists():
-        set_vector(model, load_tensors(path)["weights"])
+        set_vector(learning, load_tensors(path)["weights"])
         points.append((number, together(score(model, study, features, hospitals)).auc))
         number += 1
     return points

@@ -20,7 +20,7 @@ from torch import Tensor
 from client.training import read_assignment
 from common.errors import RunError
 from common.features import FeatureMap, range_scaling, scaling_from_tensor, scaling_tensor
-from common.models import build_student, build_teacher
+from common.models import build_student, build_teacher, learner
 from common.privacy.units import Trust
 from common.study import Study, parse_study
 from common.tensors import get_vector
@@ -238,12 +238,11 @@ def _models(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, in
     moments = scaling_tensor(study.dictionary, range_scaling(study.dictionary))
     features = FeatureMap(study.dictionary, scaling_from_tensor(study.dictionary, moments))
     teacher, student = build_teacher(study, features), build_student(study, features)
-    teacher.encoder.requires_grad_(study.finetune.trainable == "all")
     states = [
         {name: one.detach().clone() for name, one in model.state_dict().items()}
         for model in (teacher, student)
     ]
-    return states[0], states[1], moments, get_vector(teacher).numel()
+    return states[0], states[1], moments, get_vector(learner(study, teacher)).numel()
 
 
 @dataclass(frozen=True)

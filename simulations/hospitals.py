@@ -204,7 +204,7 @@ def _set_apart(
     unlabelled = Table(
         corpus.dictionary,
         corpus.values,
-        np.full_like(corpus.labels, -1),
+        corpus.dictionary.label.unknown(len(corpus)),
         corpus.patients,
         corpus.report,
     )
@@ -222,13 +222,10 @@ def _write_table(table: Table, folder: Path) -> dict[str, Any]:
     dictionary = table.dictionary
     if dictionary.image_shape is not None:
         column = dictionary.columns[0].name
-        labels = np.array(
-            [str(dictionary.label.classes[one][0]) if one >= 0 else "" for one in table.labels]
-        )
-        arrays: dict[str, Any] = {
-            column: table.values[column],
-            dictionary.label.name: labels,
-        }
+        outcomes = zip(*(dictionary.label.cells(one) for one in table.labels), strict=True)
+        arrays: dict[str, Any] = {column: table.values[column]}
+        for name, values in zip(dictionary.label.columns, outcomes, strict=True):
+            arrays[name] = np.array([str(one) for one in values])
         if dictionary.patient_id:
             arrays[dictionary.patient_id] = table.patients.astype(str)
         np.savez_compressed(folder / "records.npz", **arrays)
@@ -238,12 +235,11 @@ def _write_table(table: Table, folder: Path) -> dict[str, Any]:
         writer = csv.writer(handle)
         # Without an identifier every row is another patient, there as here.
         identifier = [dictionary.patient_id] if dictionary.patient_id else []
-        writer.writerow([*names, dictionary.label.name, *identifier])
+        writer.writerow([*names, *dictionary.label.columns, *identifier])
         for row in range(len(table)):
             cells = [_cell(column, table.values[column.name][row]) for column in dictionary.columns]
-            label = table.labels[row]
-            outcome = dictionary.label.classes[label][0] if label >= 0 else ""
-            writer.writerow([*cells, outcome, *([table.patients[row]] if identifier else [])])
+            outcome = dictionary.label.cells(table.labels[row])
+            writer.writerow([*cells, *outcome, *([table.patients[row]] if identifier else [])])
     return {"kind": "csv", "path": "records.csv"}
 
 

@@ -73,9 +73,9 @@ def by_site(
 
 
 def _labels(table: Table, owners: Integers) -> Integers:
-    """The class of each patient: the highest of its records."""
+    """The class (or stratum) of each patient: the highest of its records."""
     label = np.zeros(owners.max() + 1, dtype=np.int64)
-    np.maximum.at(label, owners, table.labels)
+    np.maximum.at(label, owners, table.dictionary.label.strata(table.labels))
     return label
 
 

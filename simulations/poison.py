@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.labels import ClassLabel
 from common.scenario import DATA_ATTACKS, AttackSpec, ScenarioSpec
 from common.study import Study
 from common.tables import Table
@@ -53,7 +54,9 @@ def poisoned(study: Study, hospital: str, train: Table) -> Table:
     victims = set(first(study.seed, patients, count, "poisoned", hospital))
     rows = np.array([patient in victims for patient in train.patients], dtype=bool)
     if attack.kind == "label_flip":
-        classes = len(study.dictionary.label.classes)
+        label = study.dictionary.label
+        assert isinstance(label, ClassLabel)  # noqa: S101  (the study file refuses it otherwise)
+        classes = len(label.classes)
         labels = np.where(rows, (train.labels + 1) % classes, train.labels)
         return replace(train, labels=labels.astype(train.labels.dtype))
     assert attack.target_class is not None  # noqa: S101  (the study file refuses it otherwise)

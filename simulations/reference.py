@@ -17,7 +17,9 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from common.dictionary import Column, Dictionary, Label
+from common.dictionary import Column, Dictionary
+from common.labels import ClassLabel, EffectLabel, NumberLabel, SeveralLabel, SurvivalLabel
+from common.modelspec import MODELS, kind_of
 from common.scenario import (
     AttackSpec,
     DropoutsSpec,
@@ -49,7 +51,6 @@ from common.study import (
     EvaluationSpec,
     FederationSpec,
     FinetuneSpec,
-    ModelSpec,
     OptimiserSpec,
     PretrainSpec,
     PrivacySpec,
@@ -83,7 +84,7 @@ _SECTIONS: tuple[tuple[str, type[Strict]], ...] = (
     ("labels of images", LabelTable),
     ("derive of a source", Interval),
     ("[public]", PublicSpec),
-    ("[teacher], [student]", ModelSpec),
+    *((f"[teacher], [student], kind = {kind_of(one)!r}", one) for one in MODELS),
     ("optimiser of a stage", OptimiserSpec),
     ("[pretrain]", PretrainSpec),
     ("[finetune]", FinetuneSpec),
@@ -92,7 +93,11 @@ _SECTIONS: tuple[tuple[str, type[Strict]], ...] = (
     ("[federation]", FederationSpec),
     ("[evaluation]", EvaluationSpec),
     ("[dictionary]", Dictionary),
-    ("[dictionary.label]", Label),
+    ("[dictionary.label], kind = 'classes'", ClassLabel),
+    ("[dictionary.label], kind = 'survival'", SurvivalLabel),
+    ("[dictionary.label], kind = 'number'", NumberLabel),
+    ("[dictionary.label], kind = 'effect'", EffectLabel),
+    ("[dictionary.label], kind = 'several'", SeveralLabel),
     ("[[dictionary.columns]]", Column),
 )
 

@@ -55,13 +55,11 @@ def study_section(
 ) -> Html:
     """The study in words. ``hospitals``: each one's declared patients; ``facts``: result.json."""
     teacher, student = facts["teacher_parameters"], facts["student_parameters"]
-    label = study.dictionary.label
-    classes = " or ".join(label.class_names or tuple(str(group[0]) for group in label.classes))
     return section(
         "What was asked",
         terms(
             [
-                ("task", f"{study.task}: predict {label.name} ({classes})"),
+                ("task", f"{study.task}: {study.dictionary.label.words()}"),
                 ("data", _data_words(study)),
                 ("inputs", _input_words(study.dictionary)),
                 (

@@ -14,7 +14,7 @@ from common.learning.gradients import batch_gradient
 from common.learning.loop import run
 from common.models import Student, Teacher
 from common.study import Study
-from common.tasks import task_named
+from common.tasks import task_of
 from common.tensors import get_vector, set_vector
 
 _WATCHED = 256
@@ -23,7 +23,7 @@ _JITTER = 0.1  # standard deviation added to mixed records, in scaled units
 
 def distill_publicly(study: Study, teacher: Teacher, student: Student, corpus: Tensor) -> float:
     """Train ``student`` in place to answer as ``teacher`` does; the final loss on mixed records."""
-    spec, task = study.distill, task_named(study.task)
+    spec, task = study.distill, task_of(study)
     generator = torch.Generator().manual_seed(study.seed + 3)
     watched = mixtures(corpus, _WATCHED, torch.Generator().manual_seed(study.seed + 4))
     with torch.no_grad():

@@ -26,7 +26,7 @@ def pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tenso
     The decoder serves only here and is thrown away.
     """
     spec = study.pretrain
-    decoder = nn.Linear(study.teacher.hidden[-1], corpus[0].numel())
+    decoder = nn.Linear(teacher.width, corpus[0].numel())
     initialise(decoder, seed=study.seed + 2)
     pair = nn.Sequential(teacher.encoder, decoder)
     generator = torch.Generator().manual_seed(study.seed)

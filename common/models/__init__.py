@@ -8,22 +8,28 @@ import torch
 from torch import nn
 
 from common.features import FeatureMap
-from common.models.networks import Student, Teacher, image_encoder, image_student, table_encoder
-from common.study import ModelSpec, Study
-from common.tasks import task_named
+from common.models.families import FAMILIES
+from common.models.networks import Student, Teacher
+from common.modelspec import MlpSpec
+from common.study import Study
+from common.tasks import task_of
 
-__all__ = ["Student", "Teacher", "build_student", "build_teacher", "count_parameters"]
+__all__ = [
+    "Student",
+    "Teacher",
+    "build_student",
+    "build_teacher",
+    "count_parameters",
+    "learner",
+]
 
 
 def build_teacher(study: Study, features: FeatureMap) -> Teacher:
     """The teacher at its random start, the same for everyone with the study's seed."""
-    spec, outputs = study.teacher, task_named(study.task).outputs(study.dictionary)
-    if features.image_shape is None:
-        encoder = table_encoder(features.width, spec.hidden)
-        skip = features.width if spec.skip else 0
-    else:
-        encoder, skip = image_encoder(features.image_shape, spec.hidden), 0
-    teacher = Teacher(encoder, width=spec.hidden[-1], skip=skip, outputs=outputs)
+    spec = study.teacher
+    encoder, width = FAMILIES[spec.kind].encoder(spec, features)
+    skip = features.width if isinstance(spec, MlpSpec) and spec.skip else 0
+    teacher = Teacher(encoder, width=width, skip=skip, outputs=task_of(study).outputs)
     initialise(teacher, seed=study.seed)
     nn.init.zeros_(teacher.head.weight)  # before the first patient, no opinion
     return teacher
@@ -31,18 +37,16 @@ def build_teacher(study: Study, features: FeatureMap) -> Teacher:
 
 def build_student(study: Study, features: FeatureMap) -> Student:
     """The student at its random start."""
-    spec: ModelSpec = study.student
-    outputs = task_named(study.task).outputs(study.dictionary)
-    if features.image_shape is None:
-        student = Student(
-            nn.Sequential(
-                table_encoder(features.width, spec.hidden), nn.Linear(spec.hidden[-1], outputs)
-            )
-        )
-    else:
-        student = image_student(features.image_shape, spec.hidden, outputs)
+    network = FAMILIES[study.student.kind].student(study.student, features, task_of(study).outputs)
+    student = Student(network)
     initialise(student, seed=study.seed + 1)
     return student
+
+
+def learner(study: Study, teacher: Teacher) -> nn.Module:
+    """The part of ``teacher`` that patients change in fine-tuning: its trainable numbers are what
+    hospitals send. With ``trainable = "head"`` the encoder only turns records into codes, once."""
+    return teacher.head if study.finetune.trainable == "head" else teacher
 
 
 def initialise(module: nn.Module, *, seed: int) -> None:

@@ -19,6 +19,7 @@ class Teacher(nn.Module):
     def __init__(self, encoder: nn.Module, *, width: int, skip: int, outputs: int) -> None:
         super().__init__()
         self.encoder = encoder
+        self.width = width
         self.skip = skip
         self.head = nn.Linear(width + skip, outputs)
 
@@ -82,10 +83,10 @@ def image_encoder(shape: tuple[int, int], hidden: tuple[int, ...]) -> nn.Sequent
     return nn.Sequential(*_stages(tuple(channels)), nn.Flatten(), nn.Linear(cells, code), nn.Tanh())
 
 
-def image_student(shape: tuple[int, int], hidden: tuple[int, ...], outputs: int) -> Student:
+def image_student(shape: tuple[int, int], hidden: tuple[int, ...], outputs: int) -> nn.Sequential:
     """A few strided convolutions and one linear layer."""
     cells = _cells(shape, len(hidden)) * hidden[-1]
-    return Student(nn.Sequential(*_stages(hidden), nn.Flatten(), nn.Linear(cells, outputs)))
+    return nn.Sequential(*_stages(hidden), nn.Flatten(), nn.Linear(cells, outputs))
 
 
 def _cells(shape: tuple[int, int], halvings: int) -> int:

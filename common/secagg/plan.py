@@ -11,13 +11,13 @@ from functools import lru_cache
 
 from common.errors import PrivacyError, SecAggError, StudyError
 from common.features import FeatureMap, moment_count, range_scaling
-from common.models import build_student, build_teacher
+from common.models import build_student, build_teacher, learner
 from common.privacy.budget import stage_charge
 from common.privacy.units import Trust
 from common.secagg.encoding import Encoding
 from common.secagg.terms import Terms
 from common.study import Study
-from common.tasks import task_named
+from common.tasks import task_of
 from common.tensors import digest_tensors, get_vector
 from common.wire import AggregateTask
 
@@ -86,10 +86,9 @@ def check_sums(study: Study) -> None:
 def _lengths(study: Study) -> dict[str, int]:
     """Coordinates of every sum that ``study`` makes, by stage."""
     features = FeatureMap(study.dictionary, range_scaling(study.dictionary))
-    teacher = build_teacher(study, features)
-    teacher.encoder.requires_grad_(study.finetune.trainable == "all")
-    shape = task_named(study.task).release_shape(study.dictionary, study.evaluation.bins)
-    found = {"finetune": get_vector(teacher).numel()}
+    learning = learner(study, build_teacher(study, features))
+    shape = task_of(study).release_shape(study.evaluation.bins)
+    found = {"finetune": get_vector(learning).numel()}
     if study.scaling == "private":
         found["statistics"] = moment_count(study.dictionary)
     if study.distill.on == "patients":

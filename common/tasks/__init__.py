@@ -2,20 +2,63 @@
 
 from __future__ import annotations
 
-from common.errors import StudyError, nearest
-from common.tasks.classification import Classification
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from common.dictionary import Dictionary
+from common.errors import nearest
+from common.tasks.classification import classification
 from common.tasks.task import Floats, Measure, Task
 
-__all__ = ["TASKS", "Floats", "Measure", "Task", "task_named"]
+if TYPE_CHECKING:
+    from common.study import Study
 
-TASKS: dict[str, Task] = {
-    "diagnosis": Classification(name="diagnosis", image=False),
-    "imaging": Classification(name="imaging", image=True),
+__all__ = ["TASKS", "Entry", "Floats", "Measure", "Task", "task_named", "task_of"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A task by its name: ``make(name, dictionary)``, for records of one of ``modalities`` with an
+    outcome of one of the kinds ``outcomes``."""
+
+    make: Callable[[str, Dictionary], Task]
+    modalities: tuple[str, ...]
+    outcomes: tuple[str, ...]
+
+    def fits(self, dictionary: Dictionary) -> bool:
+        """Whether the dictionary has such records and such an outcome."""
+        return dictionary.modality in self.modalities and dictionary.label.kind in self.outcomes
+
+
+TASKS: dict[str, Entry] = {
+    "diagnosis": Entry(classification, ("table",), ("classes",)),
+    "imaging": Entry(classification, ("image",), ("classes",)),
 }
 
 
-def task_named(name: str) -> Task:
-    """The registered task, or a StudyError that names the nearest one."""
+def task_named(name: str, dictionary: Dictionary) -> Task:
+    """The registered task, asked of ``dictionary``.
+
+    Raises ValueError, in one line, for an unknown name (naming the nearest) or another dictionary
+    (naming the tasks that fit it).
+    """
     if name not in TASKS:
-        raise StudyError(f"task: unknown task {name!r}; {nearest(name, TASKS)}")
-    return TASKS[name]
+        raise ValueError(f"task: unknown task {name!r}; {nearest(name, TASKS)}")
+    entry = TASKS[name]
+    for what, wanted, found in (
+        ("records of kind", entry.modalities, dictionary.modality),
+        ("dictionary.label.kind", entry.outcomes, dictionary.label.kind),
+    ):
+        if found not in wanted:
+            fitting = [f"task = {one!r}" for one, entry in TASKS.items() if entry.fits(dictionary)]
+            advice = f"did you mean {' or '.join(fitting)}?" if fitting else "no task has that"
+            raise ValueError(
+                f"task = {name!r}: expected {what} {' or '.join(wanted)}, found {found}; {advice}"
+            )
+    return entry.make(name, dictionary)
+
+
+def task_of(study: Study) -> Task:
+    """What ``study`` asks."""
+    return task_named(study.task, study.dictionary)

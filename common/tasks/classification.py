@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from common.dictionary import Dictionary
+from common.labels import ClassLabel
 from common.learning.metrics import (
     accuracy,
     accuracy_from_histogram,
@@ -26,53 +27,39 @@ from common.tasks.task import Floats, Measure
 
 @dataclass(frozen=True)
 class Classification:
-    """Two classes use one logit (of class 1), more use one logit each.
-
-    ``image``: whether a record is one image, and not columns of a table.
-    """
+    """Two classes use one logit (of class 1), more use one logit each."""
 
     name: str
-    image: bool
+    classes: int
 
     measures = (Measure("auc", "AUC"), Measure("accuracy", "accuracy"))
 
-    def check(self, dictionary: Dictionary) -> None:
-        """An image where one is expected, and only there."""
-        found = dictionary.image_shape is not None
-        if found != self.image:
-            raise ValueError(
-                f"task = {self.name!r} "
-                + (
-                    "needs one image column"
-                    if self.image
-                    else "takes no image column; did you mean task = 'imaging'?"
-                )
-            )
-
-    def outputs(self, dictionary: Dictionary) -> int:
+    @property
+    def outputs(self) -> int:
         """1 for two classes, else the number of classes."""
-        classes = len(dictionary.label.classes)
-        return 1 if classes == 2 else classes
+        return 1 if self.classes == 2 else self.classes
 
-    def loss(self, answers: Tensor, labels: Tensor) -> Tensor:
+    def targets(self, labels: NDArray[Any]) -> Tensor:
+        """Class indices [rows]."""
+        return torch.from_numpy(labels)
+
+    def loss(self, answers: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each record [rows]."""
         if answers.shape[1] == 1:
             return functional.binary_cross_entropy_with_logits(
-                answers[:, 0], labels.to(answers.dtype), reduction="none"
+                answers[:, 0], targets.to(answers.dtype), reduction="none"
             )
-        return functional.cross_entropy(answers, labels, reduction="none")
+        return functional.cross_entropy(answers, targets, reduction="none")
 
     def distill_loss(self, answers: Tensor, taught: Tensor, temperature: float) -> Tensor:
         """Softened cross-entropy × T², so that gradients keep their size (Hinton et al. 2015)."""
         soft = answers / temperature
         if answers.shape[1] == 1:
-            targets = torch.sigmoid(taught[:, 0] / temperature)
-            each = functional.binary_cross_entropy_with_logits(
-                soft[:, 0], targets, reduction="none"
-            )
+            wanted = torch.sigmoid(taught[:, 0] / temperature)
+            each = functional.binary_cross_entropy_with_logits(soft[:, 0], wanted, reduction="none")
         else:
-            targets = torch.softmax(taught / temperature, dim=1)
-            each = functional.cross_entropy(soft, targets, reduction="none")
+            wanted = torch.softmax(taught / temperature, dim=1)
+            each = functional.cross_entropy(soft, wanted, reduction="none")
         return each * temperature**2
 
     def predictions(self, answers: Tensor) -> Tensor:
@@ -82,12 +69,7 @@ class Classification:
             return torch.cat([1 - positive, positive], dim=1)
         return torch.softmax(answers, dim=1)
 
-    def figures(
-        self,
-        dictionary: Dictionary,  # noqa: ARG002
-        labels: NDArray[Any],
-        predictions: Floats,
-    ) -> dict[str, float]:
+    def figures(self, labels: NDArray[Any], predictions: Floats) -> dict[str, float]:
         """Area under the ROC curve (NaN with a single class) and accuracy."""
         return {"auc": auc(labels, predictions), "accuracy": accuracy(labels, predictions)}
 
@@ -97,17 +79,19 @@ class Classification:
         """A histogram of scores by label; see ``score_histogram``."""
         return score_histogram(labels, predictions, owners, bins)
 
-    def release_shape(self, dictionary: Dictionary, bins: int) -> tuple[int, int]:
+    def release_shape(self, bins: int) -> tuple[int, int]:
         """Labels × bins of the score."""
-        return histogram_shape(len(dictionary.label.classes), bins)
+        return histogram_shape(self.classes, bins)
 
-    def released_figures(
-        self,
-        dictionary: Dictionary,  # noqa: ARG002
-        counts: Floats,
-    ) -> dict[str, float]:
+    def released_figures(self, counts: Floats) -> dict[str, float]:
         """Accuracy, and with two classes the AUC: neither is held within [0, 1]."""
         return {
             "auc": auc_from_histogram(counts) if len(counts) == 2 else math.nan,
             "accuracy": accuracy_from_histogram(counts),
         }
+
+
+def classification(name: str, dictionary: Dictionary) -> Classification:
+    """A task of classes."""
+    assert isinstance(dictionary.label, ClassLabel)  # noqa: S101  (what it needs)
+    return Classification(name, len(dictionary.label.classes))

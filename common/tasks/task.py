@@ -9,8 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.dictionary import Dictionary
-
 Floats = NDArray[np.float64]
 
 
@@ -29,7 +27,7 @@ class Measure:
 
 
 class Task(Protocol):
-    """Everything the pipeline needs to know of a medical question.
+    """Everything the pipeline needs to know of a medical question, asked of one dictionary.
 
     Losses are per record, never averaged: privacy clips each patient before any sum.
     """
@@ -44,16 +42,17 @@ class Task(Protocol):
         """The figures of a model; the first decides which of two models is better."""
         ...
 
-    def check(self, dictionary: Dictionary) -> None:
-        """Raises ValueError, in one line, when these columns and this outcome make no such task."""
-        ...
-
-    def outputs(self, dictionary: Dictionary) -> int:
+    @property
+    def outputs(self) -> int:
         """Width of a model's answer."""
         ...
 
-    def loss(self, answers: Tensor, labels: Tensor) -> Tensor:
-        """Loss of each record [rows] from answers [rows, outputs] and labels [rows, …]."""
+    def targets(self, labels: NDArray[Any]) -> Tensor:
+        """What a model learns from [rows, …], of a table's labels [rows, …]."""
+        ...
+
+    def loss(self, answers: Tensor, targets: Tensor) -> Tensor:
+        """Loss of each record [rows] from answers [rows, outputs] and targets [rows, …]."""
         ...
 
     def distill_loss(self, answers: Tensor, taught: Tensor, temperature: float) -> Tensor:
@@ -64,9 +63,7 @@ class Task(Protocol):
         """What an answer says to a reader [rows, …]: probabilities, a curve, an effect."""
         ...
 
-    def figures(
-        self, dictionary: Dictionary, labels: NDArray[Any], predictions: Floats
-    ) -> dict[str, float]:
+    def figures(self, labels: NDArray[Any], predictions: Floats) -> dict[str, float]:
         """Every measure by its key, over these records; NaN where it does not exist."""
         ...
 
@@ -79,10 +76,10 @@ class Task(Protocol):
         """
         ...
 
-    def release_shape(self, dictionary: Dictionary, bins: int) -> tuple[int, int]:
+    def release_shape(self, bins: int) -> tuple[int, int]:
         """Shape of the sum of contributions; its product is their length."""
         ...
 
-    def released_figures(self, dictionary: Dictionary, counts: Floats) -> dict[str, float]:
+    def released_figures(self, counts: Floats) -> dict[str, float]:
         """The measures that a (noised) sum of contributions shows; NaN for the others."""
         ...

@@ -19,7 +19,7 @@ from torch import Tensor
 from common.features import FeatureMap, range_scaling
 from common.models import build_teacher
 from common.study import Study, parse_study
-from common.tasks import task_named
+from common.tasks import task_of
 from simulations.bench.processes import family
 from simulations.bench.usual import opacus_steps
 
@@ -61,7 +61,7 @@ def _train(
     model = build_teacher(study, features)
     model.load_state_dict(message.content.array_records["model"].to_torch_state_dict())
     inputs, labels = _records(features, records, node)
-    trained = opacus_steps(study, model, inputs, labels, task_named(study.task).loss)
+    trained = opacus_steps(study, model, inputs, labels, task_of(study).loss)
     content = RecordDict({"model": ArrayRecord(trained.state_dict())})
     return Message(content, reply_to=message)
 

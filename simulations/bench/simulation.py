@@ -38,7 +38,7 @@ from common.privacy.budget import budget_of
 from common.randomness import SeededNoise
 from common.study import Study, parse_study
 from common.tables import Table, TableReport
-from common.tasks import task_named
+from common.tasks import task_of
 from common.tensors import get_vector, load_tensors, set_vector, trainable
 from server.conduct import Progress
 from server.store import RunFolder
@@ -141,7 +141,7 @@ def _scale_here(hospitals: int) -> dict[str, Any]:
 
 def _opacus_loop(study: Study, hospitals: list[Hospital]) -> float:
     """One hospital after another, each with an Opacus engine."""
-    features, loss = _features(study), task_named(study.task).loss
+    features, loss = _features(study), task_of(study).loss
     start = get_vector(build_teacher(study, features))
 
     def one(hospital: Hospital) -> None:
@@ -155,7 +155,7 @@ def _opacus_loop(study: Study, hospitals: list[Hospital]) -> float:
 
 def _plain_loop(study: Study, hospitals: list[Hospital]) -> float:
     """One hospital after another, one model, plain autograd and SGD: no privacy at all."""
-    features, loss = _features(study), task_named(study.task).loss
+    features, loss = _features(study), task_of(study).loss
     model = build_teacher(study, features).train()
     start = get_vector(model)
     steps, rate = study.finetune.local_steps, study.finetune.sampling_rate
@@ -227,7 +227,7 @@ def _assignment(study: Study) -> Assignment:
         attempt=0,
         charge=budget_of(study).charge("finetune"),
         features=_features(study),
-        model=_small_transformer(),  # type: ignore[arg-type]
+        model=_small_transformer(),
         teacher=None,
     )
 
@@ -275,7 +275,7 @@ def _twin_updates(study: Study, inputs: Tensor, targets: Tensor, hospitals: int)
 
 
 def _opacus_transformers(study: Study, inputs: Tensor, targets: Tensor, hospitals: int) -> float:
-    loss, each = task_named(study.task).loss, len(inputs) // hospitals
+    loss, each = task_of(study).loss, len(inputs) // hospitals
 
     def one(number: int) -> None:
         part = slice(number * each, (number + 1) * each)

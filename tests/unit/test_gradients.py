@@ -20,7 +20,7 @@ from common.privacy.plan import StepPlan, combine_records
 from common.privacy.units import PrivacyUnit, Relation
 from common.randomness import SeededNoise, Stream
 from common.study import Study, parse_study
-from common.tasks import task_named
+from common.tasks import task_of
 from common.tensors import get_vector, set_vector, trainable
 
 SIZE = 5
@@ -103,7 +103,7 @@ def test_per_record_gradients_equal_the_oracle(
         }
         tree["dictionary"]["columns"] = [{"name": "x", "kind": "image", "shape": [9, 7]}]
     model, study, inputs = _tables(tree, part)  # type: ignore[arg-type]
-    loss = task_named(study.task).loss
+    loss = task_of(study).loss
     labels = torch.arange(7) % classes
     slow = oracle(model, loss, inputs, labels)
     each = PerRecordGradients(model, loss)

@@ -179,12 +179,15 @@ _IMPOSSIBLE: dict[str, tuple[Callable[[Tree], Any], str]] = {
         ),
         "public.source.header: unknown key",
     ),
-    "imaging without image": (lambda t: t.update(task="imaging"), "needs one image column"),
+    "imaging without image": (lambda t: t.update(task="imaging"), "expected records of kind image"),
     "image in a diagnosis": (
         lambda t: t["dictionary"].update(columns=[{"name": "x", "kind": "image", "shape": [8, 8]}]),
-        "did you mean task = 'imaging'?",
+        "expected records of kind table, found image; did you mean task = 'imaging'?",
     ),
-    "cnn on a table": (lambda t: t["teacher"].update(kind="cnn", skip=False), "expected 'mlp'"),
+    "cnn on a table": (
+        lambda t: t.update(teacher={"kind": "cnn", "hidden": [4]}),
+        "teacher.kind: expected 'mlp'",
+    ),
     "student with skip": (lambda t: t["student"].update(skip=True), "one plain network"),
     "public scaling without public records": (
         lambda t: t.update(scaling="public"),
@@ -255,7 +258,7 @@ def test_an_impossible_combination_is_refused(tree: Tree, case: str) -> None:
     [
         ({"scaling": "public"}, "expected 'ranges' for images"),
         ({"public": {"kind": "dictionary"}}, "cannot draw images"),
-        ({"teacher": {"kind": "cnn", "hidden": [4, 4], "skip": True}}, "belongs to tables"),
+        ({"teacher": {"kind": "cnn", "hidden": [4, 4], "skip": True}}, "teacher.skip: unknown key"),
         ({"student": {"kind": "mlp", "hidden": [4]}}, "student.kind: expected 'cnn'"),
     ],
 )

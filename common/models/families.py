@@ -1,0 +1,48 @@
+"""How each kind of network becomes a teacher's encoder or a student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from common.features import FeatureMap
+from common.models.networks import image_encoder, image_student, table_encoder
+
+
+@dataclass(frozen=True)
+class Family:
+    """``encoder(spec, features)``: records → code [rows, width], and that width.
+
+    ``student(spec, features, outputs)``: records → answers [rows, outputs].
+    """
+
+    encoder: Callable[[Any, FeatureMap], tuple[nn.Module, int]]
+    student: Callable[[Any, FeatureMap, int], nn.Module]
+
+
+def _mlp_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
+    return table_encoder(features.width, spec.hidden), spec.hidden[-1]
+
+
+def _mlp_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:
+    encoder, width = _mlp_encoder(spec, features)
+    return nn.Sequential(encoder, nn.Linear(width, outputs))
+
+
+def _cnn_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
+    assert features.image_shape is not None  # noqa: S101  (the study refuses it otherwise)
+    return image_encoder(features.image_shape, spec.hidden), spec.hidden[-1]
+
+
+def _cnn_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:
+    assert features.image_shape is not None  # noqa: S101
+    return image_student(features.image_shape, spec.hidden, outputs)
+
+
+FAMILIES: Mapping[str, Family] = {
+    "mlp": Family(_mlp_encoder, _mlp_student),
+    "cnn": Family(_cnn_encoder, _cnn_student),
+}
