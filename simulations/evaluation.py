@@ -6,8 +6,10 @@ deployment exact scores stay where they are, and a noised histogram leaves inste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,30 +19,31 @@ from client.hospital import Hospital
 from client.training import load_student, load_teacher
 from common.features import FeatureMap, Scaling
 from common.learning.evaluate import answer
-from common.learning.metrics import Floats, accuracy, auc
 from common.study import Study
-from common.tasks import task_named
+from common.tasks import Floats, task_named
 from common.tensors import load_tensors, set_vector
 from server.store import RunFolder
+from simulations.measures import leading
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Labels [rows] and class probabilities [rows, classes] of one hospital's test records."""
+    """Labels [rows, …] of one hospital's test records, and predictions [rows, …] of them.
 
+    ``study``: whose task says what the figures are.
+    """
+
+    study: Study
     hospital: str
-    labels: NDArray[np.int64]
-    probabilities: Floats
+    labels: NDArray[Any]
+    predictions: Floats
 
-    @property
-    def auc(self) -> float:
-        """Area under the ROC curve; NaN with a single class."""
-        return auc(self.labels, self.probabilities)
-
-    @property
-    def accuracy(self) -> float:
-        """Share of records classified rightly."""
-        return accuracy(self.labels, self.probabilities)
+    @cached_property
+    def figures(self) -> Mapping[str, float]:
+        """Every measure of the task by its key; NaN where it does not exist."""
+        return task_named(self.study.task).figures(
+            self.study.dictionary, self.labels, self.predictions
+        )
 
 
 def score(
@@ -50,6 +53,7 @@ def score(
     task = task_named(study.task)
     return [
         Scores(
+            study,
             hospital.name,
             hospital.test.labels,
             task.predictions(answer(model, features.encode(hospital.test))).double().numpy(),
@@ -61,9 +65,10 @@ def score(
 def together(scores: Sequence[Scores]) -> Scores:
     """All hospitals' test records as one set."""
     return Scores(
+        scores[0].study,
         "all",
         np.concatenate([one.labels for one in scores]),
-        np.concatenate([one.probabilities for one in scores]),
+        np.concatenate([one.predictions for one in scores]),
     )
 
 
@@ -80,16 +85,16 @@ def finished_models(run: RunFolder, study: Study) -> tuple[nn.Module, nn.Module,
 def round_curve(
     run: RunFolder, study: Study, hospitals: Sequence[Hospital], stage: str = "finetune"
 ) -> list[tuple[int, float]]:
-    """(round, AUC over all hospitals' test records) after each round of ``stage``."""
+    """(round, leading measure over all hospitals' test records) after each round of ``stage``."""
     teacher, student, features = finished_models(run, study)
     model = teacher if stage == "finetune" else student
     if stage == "finetune" and study.finetune.trainable == "head":
         for parameter in teacher.encoder.parameters():  # type: ignore[union-attr]
             parameter.requires_grad_(False)
-    points = []
-    number = 1
+    measure, points, number = leading(study), [], 1
     while (path := run.round_path(stage, number)).exists():
         set_vector(model, load_tensors(path)["weights"])
-        points.append((number, together(score(model, study, features, hospitals)).auc))
+        scored = together(score(model, study, features, hospitals))
+        points.append((number, scored.figures[measure.key]))
         number += 1
     return points

@@ -34,7 +34,10 @@ class Classification:
     name: str
     image: bool
 
-    measures = (Measure("auc", "AUC"), Measure("accuracy", "accuracy"))
+    measures = (
+        Measure("auc", "AUC", chance=0.5, needs="test patients of at least two classes"),
+        Measure("accuracy", "accuracy"),
+    )
 
     def check(self, dictionary: Dictionary) -> None:
         """An image where one is expected, and only there."""
