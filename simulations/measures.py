@@ -89,7 +89,9 @@ def capital(text: str) -> str:
 
 def axis_words(measure: Measure, where: str) -> str:
     """An axis's name: the measure on ``where``, and its direction where it is not the usual one."""
-    return f"{measure.title} on {where}" + ("" if measure.higher_is_better else "; lower is better")
+    return f"{measure.title} on {where}" + (
+        "" if measure.higher_is_better else "\n(lower is better)"
+    )
 
 
 def direction_note(measures: Sequence[Measure]) -> str:

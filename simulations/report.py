@@ -102,7 +102,7 @@ def _headline(comparison: Comparison, *, guaranteed: bool) -> Iterator[Content]:
     yield element(
         "strong",
         f"Trained together by {len(comparison.hospitals)} hospitals {budget}, the "
-        f"student reaches {measure.title}{direction} {in_words(value('federated'), measure)} on "
+        f"student reaches {measure.title} {in_words(value('federated'), measure)}{direction} on "
         f"all hospitals' test patients.",
     )
     for difference in comparison.differences:

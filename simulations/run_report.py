@@ -124,7 +124,7 @@ def _run_headline(study: Study, summary: dict[str, Any]) -> Iterator[Content]:
     yield element(
         "strong",
         f"Trained together by {len(summary['hospitals'])} hospitals {budget}, "
-        f"the student reaches {measure.title}{direction} {number(row['student'][measure.key])} "
+        f"the student reaches {measure.title} {number(row['student'][measure.key])}{direction} "
         f"on {row['test_patients']} test patients",
     )
     teacher = number(row["teacher"][measure.key])

@@ -254,7 +254,7 @@ def test_a_task_whose_figure_is_better_the_lower_is_compared_by_it(
     place = tmp_path / "c" / "federated" / "seed-0"
     for path in (write_report(found), write_run_report(place)):
         text = path.read_text("utf-8")
-        assert "reaches dose error, where lower is better," in text
+        assert "reaches dose error " in text and ", where lower is better, on" in text
         assert "Lower is better for dose error." in text and " AUC" not in text
     summary = RunFolder(place).read_json("evaluation.json")
     assert summary["all"]["student"]["error"] == student.together["error"].mean

@@ -175,7 +175,7 @@ def test_a_report_reads_right(study: Study, tmp_path: Path) -> None:
     text = " ".join(page.text.split())
     answer = text[: text.index("What was asked")]
     error = a_comparison(tmp_path, study=study).arms["federated"].student.together["error"]
-    assert f"reaches dose error, where lower is better, {error.mean:.3f}" in answer
+    assert f"reaches dose error {in_words(error, ERROR)}, where lower is better, on" in answer
     assert "training together improves it: −" in answer
     assert "dose error: 2 better, 0 worse, 1 without one" in answer
     assert "The worst hospital is the one with the highest mean" in text
