@@ -16,19 +16,17 @@ from numpy.typing import NDArray
 
 from client.hospital import Hospital
 from common.learning.evaluate import answer
-from common.learning.metrics import accuracy, auc
 from common.study import Study
-from common.tasks import task_of
+from common.tasks import Floats, Measure, task_of
 from server.conduct import Progress
 from server.store import RunFolder
 from simulations.bootstrap import interval
 from simulations.evaluation import finished_models
+from simulations.measures import gain, measures_of
 from simulations.poison import attackers, scenario_of, stamp
 from simulations.simulate import resume, simulate
 
 TWIN = "without-attack"
-
-Floats = NDArray[np.float64]
 
 
 def run_twin(path: Path, watch: Callable[[Progress], None], *, debug: bool = False) -> None:
@@ -62,31 +60,27 @@ def attack_outcome(
 ) -> dict[str, Any] | None:
     """What the attack cost; None where none attacks. Each figure as [value, low, high].
 
-    ``auc_loss``, ``accuracy_loss``: of the student at all (honest) test patients, against the run
-    without attack; None before that has finished. ``backdoor_rate``: of test patients of other
-    classes who are given the target class once the trigger is stamped on them;
-    ``backdoor_rate_without``: by the student of the run without attack. The same of the teacher,
-    which learns from the poisoned records themselves: a student that learns on public records,
-    where the trigger is rare, hardly takes it over.
+    ``KEY_loss`` for each measure of the task: how much worse the student is at all (honest) test
+    patients than that of the run without attack; None before that has finished. ``backdoor_rate``:
+    of test patients of other classes who are given the target class once the trigger is stamped on
+    them; ``backdoor_rate_without``: by the student of the run without attack. The same of the
+    teacher, which learns from the poisoned records themselves: a student that learns on public
+    records, where the trigger is rare, hardly takes it over.
     """
     attack = scenario_of(study).attack
     if attack is None:
         return None
     labels = np.concatenate([one.test.labels for one in hospitals])
-    attacked = _probabilities(run, study, hospitals)
+    attacked = _predictions(run, study, hospitals)
     twin = RunFolder(run.path / TWIN)
     honest = None
     if (twin.path / "result.json").exists():
-        honest = _probabilities(twin, study, hospitals)
-    found: dict[str, Any] = {
-        "kind": attack.kind,
-        "hospitals": sorted(attackers(study)),
-        "auc_loss": None,
-        "accuracy_loss": None,
-    }
-    if honest is not None:
-        for key, figure in (("auc_loss", auc), ("accuracy_loss", accuracy)):
-            found[key] = _known(_loss(figure, labels, honest, attacked, study.seed))
+        honest = _predictions(twin, study, hospitals)
+    found: dict[str, Any] = {"kind": attack.kind, "hospitals": sorted(attackers(study))}
+    for measure in measures_of(study):
+        found[f"{measure.key}_loss"] = (
+            None if honest is None else _known(_loss(measure, study, labels, honest, attacked))
+        )
     if attack.kind == "backdoor":
         assert attack.target_class is not None  # noqa: S101  (the study file refuses it otherwise)
         others = labels != attack.target_class
@@ -98,26 +92,27 @@ def attack_outcome(
         ):
             found[key] = None
             if (folder.path / "result.json").exists():
-                given = _probabilities(folder, study, hospitals, triggered=True, teacher=taught)
+                given = _predictions(folder, study, hospitals, triggered=True, teacher=taught)
                 hit = (given.argmax(axis=1) == attack.target_class)[others].astype(float)
                 found[key] = _known(interval(_share, labels[others], hit, seed=study.seed))
     return found
 
 
 def _loss(
-    figure: Callable[[NDArray[np.int64], Floats], float],
-    labels: NDArray[np.int64],
-    honest: Floats,
-    attacked: Floats,
-    seed: int,
+    measure: Measure, study: Study, labels: NDArray[Any], honest: Floats, attacked: Floats
 ) -> tuple[float, float, float]:
-    def lost(rows: NDArray[np.int64], before: Floats, after: Floats) -> float:
-        return figure(rows, before) - figure(rows, after)
+    task = task_of(study)
 
-    return interval(lost, labels, honest, attacked, seed=seed)
+    def figure(rows: NDArray[Any], predictions: Floats) -> float:
+        return task.figures(rows, predictions)[measure.key]
+
+    def lost(rows: NDArray[Any], before: Floats, after: Floats) -> float:
+        return gain(measure, figure(rows, before) - figure(rows, after))
+
+    return interval(lost, labels, honest, attacked, seed=study.seed)
 
 
-def _probabilities(
+def _predictions(
     run: RunFolder,
     study: Study,
     hospitals: list[Hospital],
@@ -125,7 +120,7 @@ def _probabilities(
     triggered: bool = False,
     teacher: bool = False,
 ) -> Floats:
-    """Of the run's student (or ``teacher``), at all test records [rows, classes]."""
+    """Of the run's student (or ``teacher``), at all test records [rows, …]."""
     taught, learned, features = finished_models(run, study)
     model = taught if teacher else learned
     attack = scenario_of(study).attack
@@ -141,7 +136,7 @@ def _probabilities(
     )
 
 
-def _share(labels: NDArray[np.int64], hit: Floats) -> float:  # noqa: ARG001 - a figure has labels
+def _share(labels: NDArray[Any], hit: Floats) -> float:  # noqa: ARG001 - a figure has labels
     return float(hit.mean())
 
 

@@ -23,10 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
+from client.hospital import Hospital
 from common.errors import StudyError
 from common.files import write_atomically
+from common.labels import ClassLabel
 from common.privacy.units import Trust
 from common.study import Study
+from common.tables import Table
 from simulations.arms import (
     ALONE,
     FEDERATED,
@@ -50,6 +53,7 @@ from simulations.comparison import (
     over_seeds,
     paired,
 )
+from simulations.measures import measures_of
 from simulations.scoring import Ledger, curve, released, runs_of_arm, score_runs, sweep_points
 from simulations.worlds import Worlds
 
@@ -164,10 +168,10 @@ def _arm(arm: str, study: Study, folder: Path, seeds: Sequence[int], ledger: Led
     return Arm(
         title=_TITLES[arm],
         epsilon=study.privacy.epsilon if private else None,
-        student=over_seeds(ledger["student"][arm]),
-        teacher=over_seeds(ledger["teacher"][arm]),
+        student=over_seeds(ledger["student"][arm], measures_of(study)),
+        teacher=over_seeds(ledger["teacher"][arm], measures_of(study)),
         # Histograms of different models make no common ranking: none for hospitals alone.
-        released=None if arm == ALONE else released(runs_of_arm(folder, arm, seeds)),
+        released=None if arm == ALONE else released(runs_of_arm(folder, arm, seeds), study),
     )
 
 
@@ -180,29 +184,37 @@ def _differences(students: Mapping[str, Sequence[SeedFigures]]) -> Iterable[Diff
 def _curves(
     studies: Sequence[Study], folder: Path, worlds: Worlds
 ) -> dict[str, tuple[CurvePoint, ...]]:
-    """The federated arm's AUC round by round: the teacher's, and the student's on patients."""
+    """The federated teacher round by round, and the student where it learns on patients."""
     runs = [ArmRun(FEDERATED, one) for one in studies]
     stages = ["finetune", *(["distill"] if studies[0].distill.on == "patients" else [])]
     return {stage: curve(runs, folder, worlds, stage) for stage in stages}
 
 
 def _hospital_facts(studies: Sequence[Study], worlds: Worlds) -> dict[str, HospitalFacts]:
-    found: dict[str, list[tuple[int, int, int]]] = {}
+    found: dict[str, list[Hospital]] = {}
     for study in studies:
-        label = study.dictionary.label
         for one in worlds.judges(study):
-            rarest = int(np.bincount(label.strata(one.test.labels), minlength=label.groups).min())
-            found.setdefault(one.name, []).append(
-                (one.declared_patients, len(set(one.test.patients)), rarest)
-            )
-    return {
-        name: HospitalFacts(
-            declared_patients=_extent(one[0] for one in seen),
-            test_patients=_extent(one[1] for one in seen),
-            rarest_class=_extent(one[2] for one in seen),
-        )
-        for name, seen in found.items()
-    }
+            found.setdefault(one.name, []).append(one)
+    return {name: _facts(seen) for name, seen in found.items()}
+
+
+def _facts(seen: Sequence[Hospital]) -> HospitalFacts:
+    """One hospital under every seed."""
+    rarest = [_rarest(one.test) for one in seen]
+    known = [one for one in rarest if one is not None]
+    return HospitalFacts(
+        declared_patients=_extent(one.declared_patients for one in seen),
+        test_patients=_extent(len(set(one.test.patients)) for one in seen),
+        rarest=_extent(known) if known else None,
+    )
+
+
+def _rarest(table: Table) -> int | None:
+    """Records of the rarest class; None where the outcome has no classes."""
+    label = table.dictionary.label
+    if not isinstance(label, ClassLabel):
+        return None
+    return int(np.bincount(table.labels, minlength=len(label.classes)).min())
 
 
 def _extent(values: Iterable[int]) -> tuple[int, int]:

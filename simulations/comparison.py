@@ -1,8 +1,9 @@
 """What a comparison found: every arm's figures over the seeds, as plain frozen data.
 
-AUC and accuracy are shares between 0 and 1. Every figure is an :class:`Interval`: the mean over
-the seeds with Student's 95 % interval and the number of seeds behind it. An AUC does not exist
-where the test patients have one class only: NaN here, null in JSON, a dash in tables.
+What is measured is the task's to say (``common.tasks``). Every figure is an :class:`Interval`: the
+mean over the seeds with Student's 95 % interval and the number of seeds behind it. A figure may not
+exist, as an AUC where the test patients have one class only: NaN here, null in JSON, a dash in
+tables.
 """
 
 from __future__ import annotations
@@ -15,22 +16,16 @@ from typing import Any
 
 from common.learning.metrics import Interval, mean_interval
 from common.study import Study
+from common.tasks import Measure
 from simulations.evaluation import Scores
+from simulations.measures import Quality, leading, measures_of, number, worst_key
 
 _EQUAL = 1e-9  # a spread below it is rounding
 
 
 @dataclass(frozen=True)
-class Quality:
-    """How good a model is: AUC and accuracy."""
-
-    auc: Interval
-    accuracy: Interval
-
-
-@dataclass(frozen=True)
 class Worst:
-    """The hospital with the lowest mean over the seeds; None when no hospital has a figure."""
+    """The hospital with the worst mean over the seeds; None when no hospital has a figure."""
 
     hospital: str | None
     value: Interval
@@ -41,13 +36,13 @@ class ModelFigures:
     """One arm's teacher or student at the test patients of all hospitals.
 
     ``together``: all hospitals' test patients as one set. ``mean_of_hospitals``: every hospital
-    counts alike, however small. ``hospitals``: each hospital's own test patients.
+    counts alike, however small. ``worst``: by the key of each measure. ``hospitals``: each
+    hospital's own test patients.
     """
 
     together: Quality
     mean_of_hospitals: Quality
-    worst_auc: Worst
-    worst_accuracy: Worst
+    worst: Mapping[str, Worst]
     hospitals: Mapping[str, Quality]
 
 
@@ -68,7 +63,10 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Students of two arms on the same test patients, seed by seed: the first minus the second."""
+    """Students of two arms on the same test patients, seed by seed: the first minus the second.
+
+    Where lower is better, below 0 the first is better.
+    """
 
     first: str
     second: str
@@ -82,8 +80,8 @@ class SweepPoint:
     """The federated student (and its teacher) under ``settings`` (dotted keys of the study file).
 
     ``arm`` names the folder of its runs. ``epsilon``: granted to training, None without privacy.
-    ``rounds``: charged ones, of all stages. ``released``: as an arm's. ``bytes_per_hospital``:
-    what one hospital receives and sends in the whole study.
+    ``rounds``: charged ones, of all stages. ``worst``: the student's. ``released``: as an arm's.
+    ``bytes_per_hospital``: what one hospital receives and sends in the whole study.
     """
 
     arm: str
@@ -92,30 +90,30 @@ class SweepPoint:
     rounds: int
     student: Quality
     teacher: Quality
-    worst_auc: Worst
+    worst: Mapping[str, Worst]
     released: Quality | None
     bytes_per_hospital: Interval
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """AUC at all hospitals' test patients after ``round`` rounds (from 1)."""
+    """The leading measure at all hospitals' test patients after ``round`` rounds (from 1)."""
 
     round: int
-    auc: Interval
+    figure: Interval
 
 
 @dataclass(frozen=True, kw_only=True)
 class HospitalFacts:
     """Lowest and highest over the seeds: what it declares, what it trains and is tested on.
 
-    ``test_patients`` and ``rarest_class`` (test records of the rarer class) are exact counts, which
-    only a simulation may show.
+    ``test_patients`` and ``rarest`` (test records of the rarest class; None where the outcome has
+    no classes) are exact counts, which only a simulation may show.
     """
 
     declared_patients: tuple[int, int]
     test_patients: tuple[int, int]
-    rarest_class: tuple[int, int]
+    rarest: tuple[int, int] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +129,11 @@ class Comparison:
     sweep: tuple[SweepPoint, ...]
     curves: Mapping[str, tuple[CurvePoint, ...]]
 
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """What the study's task measures, the leading one first."""
+        return measures_of(self.study)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``comparison.json``; figures that do not exist become None."""
         tree: dict[str, Any] = {
@@ -138,32 +141,27 @@ class Comparison:
             "study_digest": self.study.digest(),
             "interval": "95 %, Student's t over the seeds",
             "seeds": list(self.seeds),
+            "measures": [asdict(one) for one in self.measures],
             "hospitals": {name: asdict(one) for name, one in self.hospitals.items()},
             "arms": {name: asdict(one) for name, one in self.arms.items()},
             "differences": [asdict(one) for one in self.differences],
             "sweep": [asdict(one) for one in self.sweep],
-            "curves": {
-                name: [asdict(one) for one in points] for name, points in self.curves.items()
-            },
+            "curves": curves_json(self.curves, leading(self.study)),
         }
         return {key: without_nan(value) for key, value in tree.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeedFigures:
-    """One model (or, alone, one model a hospital) under one seed."""
+    """One model (or, alone, one model a hospital) under one seed: each measure by its key."""
 
-    auc: float
-    accuracy: float
-    hospitals: Mapping[str, tuple[float, float]]
+    together: Mapping[str, float]
+    hospitals: Mapping[str, Mapping[str, float]]
 
     @property
-    def mean_of_hospitals(self) -> tuple[float, float]:
-        """AUC and accuracy averaged over the hospitals that have one."""
-        return (
-            mean_interval([auc for auc, _ in self.hospitals.values()]).mean,
-            mean_interval([accuracy for _, accuracy in self.hospitals.values()]).mean,
-        )
+    def mean_of_hospitals(self) -> Mapping[str, float]:
+        """Each measure averaged over the hospitals that have a figure."""
+        return _means(list(self.hospitals.values()))
 
 
 def seed_figures(everywhere: Sequence[Scores], at_home: Sequence[Scores]) -> SeedFigures:
@@ -174,22 +172,20 @@ def seed_figures(everywhere: Sequence[Scores], at_home: Sequence[Scores]) -> See
     ``at_home``: for each hospital, the model it would use on its own test patients.
     """
     return SeedFigures(
-        auc=mean_interval([one.auc for one in everywhere]).mean,
-        accuracy=mean_interval([one.accuracy for one in everywhere]).mean,
-        hospitals={one.hospital: (one.auc, one.accuracy) for one in at_home},
+        together=_means([one.figures for one in everywhere]),
+        hospitals={one.hospital: one.figures for one in at_home},
     )
 
 
-def over_seeds(seeds: Sequence[SeedFigures]) -> ModelFigures:
+def over_seeds(seeds: Sequence[SeedFigures], measures: Sequence[Measure]) -> ModelFigures:
     """One model's figures with intervals over the seeds."""
     hospitals = {
-        name: _quality([one.hospitals[name] for one in seeds]) for name in seeds[0].hospitals
+        name: quality([one.hospitals[name] for one in seeds]) for name in seeds[0].hospitals
     }
     return ModelFigures(
-        together=_quality([(one.auc, one.accuracy) for one in seeds]),
-        mean_of_hospitals=_quality([one.mean_of_hospitals for one in seeds]),
-        worst_auc=_worst({name: one.auc for name, one in hospitals.items()}),
-        worst_accuracy=_worst({name: one.accuracy for name, one in hospitals.items()}),
+        together=quality([one.together for one in seeds]),
+        mean_of_hospitals=quality([one.mean_of_hospitals for one in seeds]),
+        worst={one.key: _worst(one, hospitals) for one in measures},
         hospitals=hospitals,
     )
 
@@ -200,21 +196,26 @@ def paired(first: str, second: str, seeds: Mapping[str, Sequence[SeedFigures]]) 
     return Difference(
         first=first,
         second=second,
-        together=_quality([(a.auc - b.auc, a.accuracy - b.accuracy) for a, b in pairs]),
-        mean_of_hospitals=_quality(
+        together=quality([_minus(a.together, b.together) for a, b in pairs]),
+        mean_of_hospitals=quality(
             [_minus(a.mean_of_hospitals, b.mean_of_hospitals) for a, b in pairs]
         ),
         hospitals={
-            name: _quality([_minus(a.hospitals[name], b.hospitals[name]) for a, b in pairs])
+            name: quality([_minus(a.hospitals[name], b.hospitals[name]) for a, b in pairs])
             for name in pairs[0][0].hospitals
         },
     )
 
 
-def worst_first(figures: ModelFigures, measure: str) -> list[str]:
-    """Hospitals by ascending mean of ``measure`` (``auc`` or ``accuracy``); without one, last."""
-    means = {name: getattr(one, measure).mean for name, one in figures.hospitals.items()}
-    return sorted(means, key=lambda name: (math.isnan(means[name]), means[name], name))
+def quality(each: Sequence[Mapping[str, float]]) -> Quality:
+    """Every measure with its interval over independent repetitions."""
+    return {key: mean_interval([one[key] for one in each]) for key in each[0]}
+
+
+def worst_first(figures: ModelFigures, measure: Measure) -> list[str]:
+    """Hospitals from the worst mean of ``measure`` to the best; without one, last."""
+    means = {name: one[measure.key].mean for name, one in figures.hospitals.items()}
+    return sorted(means, key=lambda name: (worst_key(measure, means[name]), name))
 
 
 def shown(interval: Interval, *, seeds: int, signed: bool = False) -> str:
@@ -231,12 +232,11 @@ def shown(interval: Interval, *, seeds: int, signed: bool = False) -> str:
     """
     if interval.count == 0:
         return "—"
-    mean = round(interval.mean, 3) + 0.0  # no negative zero
-    text = f"{mean:+.3f}".replace("-", "−") if signed else f"{mean:.3f}"
+    half = (interval.high - interval.low) / 2 if interval.count > 1 else 0.0
+    text = number(interval.mean, signed=signed, beside=half)
     if interval.count > 1:
-        half = (interval.high - interval.low) / 2
         # Equal values, such as 1.000 three times over, are no proof of certainty.
-        text += f" ±{half:.3f}" if half > _EQUAL else " (equal)"
+        text += f" ±{number(half, beside=interval.mean)}" if half > _EQUAL else " (equal)"
     return text + (f" ({interval.count} of {seeds})" if interval.count < seeds else "")
 
 
@@ -250,21 +250,29 @@ def span(pair: tuple[int, int]) -> str:
     return str(low) if low == high else f"{low}–{high}"
 
 
-def _quality(pairs: Sequence[tuple[float, float]]) -> Quality:
-    return Quality(
-        mean_interval([one for one, _ in pairs]), mean_interval([two for _, two in pairs])
-    )
+def curves_json(
+    curves: Mapping[str, Sequence[CurvePoint]], measure: Measure
+) -> dict[str, list[dict[str, Any]]]:
+    """Curves as plain data: each point's figure under the key of ``measure``."""
+    return {
+        name: [{"round": one.round, measure.key: asdict(one.figure)} for one in points]
+        for name, points in curves.items()
+    }
 
 
-def _minus(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:
-    return first[0] - second[0], first[1] - second[1]
+def _means(each: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    return {key: one.mean for key, one in quality(each).items()}
 
 
-def _worst(values: Mapping[str, Interval]) -> Worst:
-    known = {name: one for name, one in values.items() if one.count}
+def _minus(first: Mapping[str, float], second: Mapping[str, float]) -> Mapping[str, float]:
+    return {key: value - second[key] for key, value in first.items()}
+
+
+def _worst(measure: Measure, hospitals: Mapping[str, Quality]) -> Worst:
+    known = {name: one[measure.key] for name, one in hospitals.items() if one[measure.key].count}
     if not known:
         return Worst(None, mean_interval([]))
-    name = min(known, key=lambda name: (known[name].mean, name))
+    name = min(known, key=lambda name: (worst_key(measure, known[name].mean), name))
     return Worst(name, known[name])
 
 

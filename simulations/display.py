@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,10 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from common.tasks import Measure
 from server.conduct import Progress
 from simulations.arms import CompareProgress
+from simulations.measures import direction_note, measures_in, number
 from simulations.scenario_words import scenario_lines
 
 _STAGES = {
@@ -22,6 +24,7 @@ _STAGES = {
     "finetune": "fine-tune teacher",
     "distill": "distil student",
 }
+_ROLES = ("teacher", "student")
 
 
 @contextmanager
@@ -120,37 +123,43 @@ def run_table(summary: dict[str, Any]) -> Table:
     """One row per hospital, then all together."""
     table = Table(title=f"{summary['study']}: test patients, exact scores (simulation only)")
     table.add_column("hospital", no_wrap=True)
-    for heading in (
-        "train ≈",
-        "test",
-        "teacher AUC",
-        "student AUC",
-        "teacher acc.",
-        "student acc.",
-    ):
+    measures = measures_in(summary)
+    for heading in ("train ≈", "test", *model_headings(measures)):
         table.add_column(heading, justify="right")
     for row in summary["hospitals"]:
-        table.add_row(*_cells(row))
+        table.add_row(*_cells(row, measures))
     table.add_section()
-    table.add_row(*_cells(summary["all"]), style="bold")
+    table.add_row(*_cells(summary["all"], measures), style="bold")
     return table
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any], measures: Sequence[Measure]) -> list[str]:
     return [
         row["hospital"],
         str(row["declared_patients"]),
         str(row["test_patients"]),
-        *(
-            figure(row[key])
-            for key in ("teacher_auc", "student_auc", "teacher_accuracy", "student_accuracy")
-        ),
+        *model_cells(row, measures),
     ]
 
 
-def figure(value: float | None) -> str:
-    """Three decimals, or a dash where the figure does not exist."""
-    return "—" if value is None else f"{value:.3f}"
+def model_headings(measures: Sequence[Measure]) -> list[str]:
+    """Above what ``model_cells`` gives."""
+    return [f"{role} {one.title}" for one in measures for role in _ROLES]
+
+
+def model_cells(row: Mapping[str, Any], measures: Sequence[Measure]) -> list[str]:
+    """Teacher and student of one row of a summary, measure by measure."""
+    return [number(row[role][one.key]) for one in measures for role in _ROLES]
+
+
+def released_words(summary: Mapping[str, Any]) -> str:
+    """What a coordinator would know, with what its noise alone explains."""
+    return ", ".join(
+        f"{one.title} {number(mean)} ({number(low)} to {number(high)})"
+        for one in measures_in(summary)
+        for mean, low, high in [summary["released"][one.key]]
+        if mean is not None
+    )
 
 
 def closing_lines(summary: dict[str, Any]) -> list[str]:
@@ -168,11 +177,10 @@ def closing_lines(summary: dict[str, Any]) -> list[str]:
     else:
         lines.append("Privacy: NONE is guaranteed for this run; see PRIVACY.md for why.")
     if summary["released"]:
-        shown = ", ".join(
-            f"{'AUC' if name == 'auc' else name} {figure(mean)} ({figure(low)} to {figure(high)})"
-            for name, (mean, low, high) in sorted(summary["released"].items(), reverse=True)
-        )
         lines.append(
-            f"A coordinator of real hospitals would know, from {summary['released_from']}: {shown}."
+            f"A coordinator of real hospitals would know, from {summary['released_from']}: "
+            f"{released_words(summary) or 'nothing'}."
         )
+    if note := direction_note(measures_in(summary)):
+        lines.append(note)
     return lines + scenario_lines(summary)

@@ -1,14 +1,15 @@
 """What every picture has in common: canvas, bands, axes, and how it is written.
 
 Colours are Okabe and Ito's, told apart by every kind of colour vision; marker and line style
-repeat what colour says. Intervals are 95 %, cut to what a share can be.
+repeat what colour says. Intervals are 95 %, cut to what the measure can be.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.artist import Artist
@@ -17,11 +18,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from common.learning.metrics import Interval
+from common.tasks import Measure
+from simulations.measures import cut
 
 BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#007A5A", "#595959"
 PURPLE, ORANGE, SKY = "#AA4499", "#B36B00", "#2B8CBE"
-CHANCE = 0.5
 _DPI = 150
+_NEAR_CHANCE = 0.15
 
 Style = tuple[str, str, str]
 """Colour, marker and line style of one series."""
@@ -57,13 +60,14 @@ def band(
     axes: Axes,
     where: Sequence[float],
     values: Sequence[Interval],
+    measure: Measure,
     *,
     label: str,
     style: Style = STYLES[0],
 ) -> None:
     """Means joined by a line, their intervals as a band."""
     colour, marker, line = style
-    bounds = [cut(one) for one in values]
+    bounds = [cut(one, measure) for one in values]
     if any(high > low for low, high in bounds):
         axes.fill_between(
             where,
@@ -87,11 +91,17 @@ def band(
 
 
 def bars(
-    axes: Axes, where: Sequence[float], values: Sequence[Interval], *, label: str, style: Style
+    axes: Axes,
+    where: Sequence[float],
+    values: Sequence[Interval],
+    measure: Measure,
+    *,
+    label: str,
+    style: Style,
 ) -> None:
     """Means joined by a thin line, their intervals as bars: for more series than bands can show."""
     colour, marker, line = style
-    bounds = [cut(one) for one in values]
+    bounds = [cut(one, measure) for one in values]
     means = [one.mean for one in values]
     axes.errorbar(
         where,
@@ -111,35 +121,41 @@ def bars(
     )
 
 
-def cut(one: Interval) -> tuple[float, float]:
-    """The interval within [0, 1]; the mean itself where one value stands alone."""
-    if one.count < 2:
-        return one.mean, one.mean
-    return max(0.0, one.low), min(1.0, one.high)
-
-
-def frame_auc(axes: Axes, drawn: Sequence[Interval]) -> None:
-    """The vertical range: all that is drawn; chance as a line, or named where it lies below."""
-    low = min(cut(one)[0] for one in drawn)
-    high = max(cut(one)[1] for one in drawn)
-    margin = max(0.05 * (high - low), 0.002)
-    top, bottom = min(1.0, high + margin) + 0.25 * margin, low - margin
-    if bottom < CHANCE + 0.15:
-        bottom = min(bottom, CHANCE - 0.02)
-        axes.axhline(
-            CHANCE, color=GREY, linestyle=":", linewidth=1.4, label=f"chance: {CHANCE:.1f}"
-        )
-    else:
-        axes.annotate(
-            f"↓ chance is {CHANCE:.1f}, below this axis",
-            (0.99, 0.02),
-            xycoords="axes fraction",
-            ha="right",
-            va="bottom",
-            color=GREY,
-            fontsize=9,
-        )
+def frame(axes: Axes, drawn: Sequence[Interval], measure: Measure) -> None:
+    """The vertical range: all that is drawn, within what the measure can be, and chance."""
+    low = min(cut(one, measure)[0] for one in drawn)
+    high = max(cut(one, measure)[1] for one in drawn)
+    margin = max(0.05 * (high - low), 0.002 * max(1.0, abs(high)))
+    least, most = measure.bounds
+    bottom = low - margin if least is None else max(least, low - margin) - 0.25 * margin
+    top = high + margin if most is None else min(most, high + margin) + 0.25 * margin
+    if measure.chance is not None:
+        bottom, top = _show_chance(axes, measure.chance, bottom, top)
     axes.set_ylim(bottom, top)
+
+
+def _show_chance(axes: Axes, chance: float, bottom: float, top: float) -> tuple[float, float]:
+    """A line where chance lies near what is drawn, else a word on where it is; the range then."""
+    if bottom - _NEAR_CHANCE < chance < top + _NEAR_CHANCE:
+        chance_line(axes.axhline, chance)
+        return min(bottom, chance - 0.02), max(top, chance + 0.02)
+    below = chance <= bottom
+    arrow, where = ("↓", "below") if below else ("↑", "above")
+    axes.annotate(
+        f"{arrow} chance is {chance:.1f}, {where} this axis",
+        (0.99, 0.02 if below else 0.98),
+        xycoords="axes fraction",
+        ha="right",
+        va="bottom" if below else "top",
+        color=GREY,
+        fontsize=9,
+    )
+    return bottom, top
+
+
+def chance_line(line: Callable[..., Any], chance: float) -> None:
+    """Chance as a line: ``line`` is a pair of axes' ``axhline`` or ``axvline``."""
+    line(chance, color=GREY, linestyle=":", linewidth=1.4, label=f"chance: {chance:.1f}")
 
 
 def legend(figure: Figure, axes: Axes) -> None:
@@ -148,6 +164,8 @@ def legend(figure: Figure, axes: Axes) -> None:
     named: dict[str, Artist] = {}
     for handle, label in zip(handles, labels, strict=True):
         named.setdefault(label, handle)  # every series has a band; it is named once
+    if not named:
+        return
     longest = max(len(label) for label in named)
     columns = 2 if len(named) == 4 else 3
     figure.legend(

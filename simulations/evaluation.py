@@ -6,8 +6,10 @@ deployment exact scores stay where they are, and a noised histogram leaves inste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,31 +19,30 @@ from client.hospital import Hospital
 from client.training import load_student, load_teacher
 from common.features import FeatureMap, Scaling
 from common.learning.evaluate import answer
-from common.learning.metrics import Floats, accuracy, auc
 from common.models import Student, Teacher, learner
 from common.study import Study
-from common.tasks import task_of
+from common.tasks import Floats, task_of
 from common.tensors import load_tensors, set_vector
 from server.store import RunFolder
+from simulations.measures import leading
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Labels [rows] and class probabilities [rows, classes] of one hospital's test records."""
+    """Labels [rows, …] of one hospital's test records, and predictions [rows, …] of them.
 
+    ``study``: whose task says what the figures are.
+    """
+
+    study: Study
     hospital: str
-    labels: NDArray[np.int64]
-    probabilities: Floats
+    labels: NDArray[Any]
+    predictions: Floats
 
-    @property
-    def auc(self) -> float:
-        """Area under the ROC curve; NaN with a single class."""
-        return auc(self.labels, self.probabilities)
-
-    @property
-    def accuracy(self) -> float:
-        """Share of records classified rightly."""
-        return accuracy(self.labels, self.probabilities)
+    @cached_property
+    def figures(self) -> Mapping[str, float]:
+        """Every measure of the task by its key; NaN where it does not exist."""
+        return task_of(self.study).figures(self.labels, self.predictions)
 
 
 def score(
@@ -51,6 +52,7 @@ def score(
     task = task_of(study)
     return [
         Scores(
+            study,
             hospital.name,
             hospital.test.labels,
             task.predictions(answer(model, features.encode(hospital.test))).double().numpy(),
@@ -62,9 +64,10 @@ def score(
 def together(scores: Sequence[Scores]) -> Scores:
     """All hospitals' test records as one set."""
     return Scores(
+        scores[0].study,
         "all",
         np.concatenate([one.labels for one in scores]),
-        np.concatenate([one.probabilities for one in scores]),
+        np.concatenate([one.predictions for one in scores]),
     )
 
 
@@ -81,14 +84,14 @@ def finished_models(run: RunFolder, study: Study) -> tuple[Teacher, Student, Fea
 def round_curve(
     run: RunFolder, study: Study, hospitals: Sequence[Hospital], stage: str = "finetune"
 ) -> list[tuple[int, float]]:
-    """(round, AUC over all hospitals' test records) after each round of ``stage``."""
+    """(round, leading measure over all hospitals' test records) after each round of ``stage``."""
     teacher, student, features = finished_models(run, study)
     model: nn.Module = teacher if stage == "finetune" else student
     learning = learner(study, teacher) if stage == "finetune" else student
-    points = []
-    number = 1
+    measure, points, number = leading(study), [], 1
     while (path := run.round_path(stage, number)).exists():
         set_vector(learning, load_tensors(path)["weights"])
-        points.append((number, together(score(model, study, features, hospitals)).auc))
+        scored = together(score(model, study, features, hospitals))
+        points.append((number, scored.figures[measure.key]))
         number += 1
     return points

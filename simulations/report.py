@@ -8,16 +8,17 @@ from pathlib import Path
 
 from common.learning.metrics import Interval
 from common.privacy.units import Trust
+from common.tasks import Measure
 from server.store import RunFolder
-from simulations.comparison import Comparison, Difference, span
+from simulations.comparison import Comparison, span
 from simulations.markup import Content, Html, data_table, element, listed, note, page, paragraph
 from simulations.markup import section as part
+from simulations.measures import capital, existing, gain, in_words, leading, number
 from simulations.plots import epsilon_plot, hospital_plot, round_plot
 from simulations.report_sections import (
     SIMULATED,
     curve_caption,
     curve_words,
-    in_words,
     privacy_section,
     reproduce_section,
     saved_picture,
@@ -26,8 +27,8 @@ from simulations.report_sections import (
     write_page,
 )
 from simulations.tables import (
-    MEASURES,
     Rows,
+    against_alone,
     arm_rows,
     difference_rows,
     hospital_rows,
@@ -38,7 +39,7 @@ from simulations.tables import (
 _READING = (
     "“Each hospital alone” is the mean over the hospitals of one model each, tested on all "
     "hospitals' patients; its worst hospital uses its own model on its own patients. The worst "
-    "hospital is the one with the lowest mean."
+    "hospital is the one with the {worst} mean."
 )
 
 
@@ -59,13 +60,16 @@ def write_report(comparison: Comparison) -> Path:
             "The comparison",
             rows_table(arm_rows(comparison)),
             rows_table(difference_rows(comparison)),
-            note(_READING),
-            note(interval_note(seeds)),
+            note(
+                _READING.format(
+                    worst="lowest" if leading(study).higher_is_better else "highest",
+                )
+            ),
+            note(interval_note(seeds, comparison.measures)),
         ),
         part(
             "Hospital by hospital",
-            rows_table(hospital_rows(comparison, "auc")),
-            rows_table(hospital_rows(comparison, "accuracy")),
+            *(rows_table(hospital_rows(comparison, one)) for one in comparison.measures),
         ),
         part("In pictures", *_pictures(comparison)),
         _released_part(comparison),
@@ -84,12 +88,11 @@ def write_report(comparison: Comparison) -> Path:
 def _headline(comparison: Comparison, *, guaranteed: bool) -> Iterator[Content]:
     """The answer: how good, against each hospital alone, against pooled data."""
     arms, study = comparison.arms, comparison.study
-    measure = "auc" if arms["federated"].student.together.auc.count else "accuracy"
-    word = "an AUC" if measure == "auc" else "an accuracy"
+    measure = existing(comparison.measures, arms["federated"].student.together)
+    direction = "" if measure.higher_is_better else ", where lower is better,"
 
     def value(arm: str) -> Interval:
-        found: Interval = getattr(arms[arm].student.together, measure)
-        return found
+        return arms[arm].student.together[measure.key]
 
     budget = (
         "without privacy"
@@ -99,46 +102,45 @@ def _headline(comparison: Comparison, *, guaranteed: bool) -> Iterator[Content]:
     yield element(
         "strong",
         f"Trained together by {len(comparison.hospitals)} hospitals {budget}, the "
-        f"student reaches {word} of {in_words(value('federated'))} on all hospitals' "
-        f"test patients.",
+        f"student reaches {measure.title} {in_words(value('federated'), measure)}{direction} on "
+        f"all hospitals' test patients.",
     )
     for difference in comparison.differences:
-        gap = getattr(difference.together, measure)
+        gap = _verdict(difference.together[measure.key], measure)
         if difference.second == "alone":
             yield (
-                f" A model trained by one hospital alone averages {value('alone').mean:.3f} on "
-                f"the same patients; {_verdict(gap)}."
+                f" A model trained by one hospital alone averages "
+                f"{number(value('alone').mean)} on the same patients; {gap}."
             )
         elif difference.second == "pooled":
             same = "" if study.privacy.epsilon is None else " at the same ε"
-            yield (
-                f" Training on pooled data{same} gives {value('pooled').mean:.3f}; {_verdict(gap)}."
-            )
+            yield f" Training on pooled data{same} gives {number(value('pooled').mean)}; {gap}."
     yield f" {_winners(comparison)}"
     if not guaranteed:
         yield element("strong", " No privacy is guaranteed for any of it.")
 
 
-def _verdict(gap: Interval) -> str:
-    size = f"{gap.mean:+.3f}".replace("-", "−")
+def _verdict(gap: Interval, measure: Measure) -> str:
+    size = number(gap.mean, signed=True)
     if gap.count < 2:
         return f"the difference is {size}, from one seed"
-    bounds = f"{gap.low:+.3f} to {gap.high:+.3f}".replace("-", "−")
-    if gap.low > 0:
-        return f"training together adds {size} ({bounds})"
-    if gap.high < 0:
-        return f"training together costs {size} ({bounds})"
-    return f"the difference of {size} ({bounds}) is not distinguishable from none"
+    size += f" ({number(gap.low, signed=True)} to {number(gap.high, signed=True)})"
+    if gap.low <= 0 <= gap.high:
+        return f"the difference of {size} is not distinguishable from none"
+    if measure.higher_is_better:
+        return f"training together {'adds' if gap.low > 0 else 'costs'} {size}"
+    return f"training together {'worsens' if gap.low > 0 else 'improves'} it: {size}"
 
 
 def _winners(comparison: Comparison) -> str:
-    """How many hospitals gain at home, by both measures: they need not agree."""
+    """How many hospitals gain at home, by every measure: they need not agree."""
     said = []
-    hospitals = _against_alone(comparison).hospitals.values()
-    for measure, word in MEASURES.items():
-        known = [one.mean for one in (getattr(each, measure) for each in hospitals) if one.count]
+    hospitals = against_alone(comparison).hospitals.values()
+    for measure in comparison.measures:
+        each = [one[measure.key] for one in hospitals]
+        known = [gain(measure, one.mean) for one in each if one.count]
         better, worse = sum(one > 0 for one in known), sum(one < 0 for one in known)
-        text = f"{word}: {better} better, {worse} worse"
+        text = f"{measure.title}: {better} better, {worse} worse"
         if same := len(known) - better - worse:
             text += f", {same} the same"
         if absent := len(hospitals) - len(known):
@@ -150,50 +152,52 @@ def _winners(comparison: Comparison) -> str:
     )
 
 
-def _against_alone(comparison: Comparison) -> Difference:
-    return next(one for one in comparison.differences if one.second == "alone")
-
-
 def _pictures(comparison: Comparison) -> Iterator[Html]:
-    seeds = len(comparison.seeds)
+    seeds, measure = len(comparison.seeds), leading(comparison.study)
+    title = capital(measure.title)
     band = "" if seeds == 1 else f" The band is the 95 % interval over {seeds} seeds."
     if (drawn := epsilon_plot(comparison)) is not None:
         words = ", ".join(
-            f"ε = {one.epsilon:g}: {in_words(one.student.auc)}" for one in comparison.sweep
+            f"ε = {one.epsilon:g}: {in_words(one.student[measure.key], measure)}"
+            for one in comparison.sweep
         )
         yield saved_picture(
             comparison.folder,
             "epsilon",
             drawn,
-            alt=f"Federated student AUC by ε. {words}.",
-            caption="AUC of the federated student when its training is granted each ε. The lines "
-            "are pooled data without privacy (the best one could hope for) and the mean "
+            alt=f"{title} of the federated student by ε. {words}.",
+            caption=f"{title} of the federated student when its training is granted each ε. The "
+            "lines are pooled data without privacy (the best one could hope for) and the mean "
             f"over hospitals of training alone.{band}",
         )
-    if (drawn := round_plot(comparison.curves)) is not None:
+    if (drawn := round_plot(comparison.curves, measure)) is not None:
         yield saved_picture(
             comparison.folder,
             "rounds",
             drawn,
-            alt=curve_words(comparison.curves),
+            alt=curve_words(comparison.curves, measure),
             caption=curve_caption(comparison.study) + band,
         )
     words = "; ".join(
         f"{name}: "
         + ", ".join(
-            f"{arm} {in_words(comparison.arms[arm].student.hospitals[name].auc)}"
+            f"{arm} " + in_words(comparison.arms[arm].student.hospitals[name][measure.key], measure)
             for arm in ("federated", "alone", "pooled")
         )
         for name in comparison.hospitals
     )
-    bars = "" if seeds == 1 else " Bars are 95 % intervals over the seeds, cut at 1."
+    bars = (
+        ""
+        if seeds == 1
+        else " Bars are 95 % intervals over the seeds, within what the figure can be."
+    )
     yield saved_picture(
         comparison.folder,
         "hospitals",
         hospital_plot(comparison),
-        alt=f"Student AUC by hospital. {words}.",
-        caption="AUC of the student at each hospital's own test patients, the worst at the top."
-        + bars,
+        alt=f"{title} of the student by hospital. {words}.",
+        caption=f"{title} of the student at each hospital's own test patients, the worst at the "
+        f"top.{bars}",
     )
 
 
@@ -260,11 +264,12 @@ def _limits(comparison: Comparison) -> Iterator[str]:
     yield from small_hospitals(
         {name: one.test_patients[0] for name, one in comparison.hospitals.items()}
     )
-    single = [name for name, one in comparison.hospitals.items() if one.rarest_class[0] == 0]
-    if single:
+    rarest = {name: one.rarest for name, one in comparison.hospitals.items()}
+    lacking = [name for name, counts in rarest.items() if counts and counts[0] == 0]
+    if lacking:
         yield (
-            f"In at least one seed the test records of {', '.join(single)} are of one class "
-            f"only, so no AUC exists there; figures rest on the remaining seeds."
+            f"In at least one seed a class is missing among the test records of "
+            f"{', '.join(lacking)}; a figure that needs it rests on the remaining seeds."
         )
     yield "Every arm uses the study's own settings; each might do better if tuned by itself."
 

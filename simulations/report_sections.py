@@ -8,10 +8,10 @@ from typing import Any
 
 from common.dictionary import Dictionary
 from common.files import write_atomically
-from common.learning.metrics import Interval
 from common.privacy.units import Trust
 from common.sources import SourceSpec
 from common.study import Study
+from common.tasks import Measure
 from simulations.comparison import CurvePoint
 from simulations.drawing import Picture
 from simulations.markup import (
@@ -25,6 +25,7 @@ from simulations.markup import (
     section,
     terms,
 )
+from simulations.measures import capital, in_words, leading
 
 FEW_TEST_PATIENTS = 30
 SIMULATED = (
@@ -282,15 +283,6 @@ def _public_words(study: Study) -> str:
     return f"{public.records} records drawn from the dictionary alone; no patient at all"
 
 
-def in_words(one: Interval) -> str:
-    """A figure in a sentence; its interval cut to what a share can be."""
-    if one.count == 0:
-        return "none"
-    if one.count == 1:
-        return f"{one.mean:.3f}"
-    return f"{one.mean:.3f} (95 % interval {max(0.0, one.low):.3f} to {min(1.0, one.high):.3f})"
-
-
 def saved_picture(folder: Path, name: str, drawn: Picture, *, alt: str, caption: str) -> Html:
     """Keep PNG and SVG beside the report, and embed the PNG."""
     write_atomically(folder / "plots" / f"{name}.png", drawn.png)
@@ -298,15 +290,15 @@ def saved_picture(folder: Path, name: str, drawn: Picture, *, alt: str, caption:
     return picture(drawn.png, alt=alt, caption=caption)
 
 
-def curve_words(curves: Mapping[str, Sequence[CurvePoint]]) -> str:
+def curve_words(curves: Mapping[str, Sequence[CurvePoint]], measure: Measure) -> str:
     """The round curve for those who cannot see it."""
     said = [
-        f"{stage}: round {points[0].round} {in_words(points[0].auc)}, "
-        f"round {points[-1].round} {in_words(points[-1].auc)}"
+        f"{stage}: round {points[0].round} {in_words(points[0].figure, measure)}, "
+        f"round {points[-1].round} {in_words(points[-1].figure, measure)}"
         for stage, points in curves.items()
         if points
     ]
-    return "AUC after each federated round. " + "; ".join(said) + "."
+    return f"{capital(measure.title)} after each federated round. {'; '.join(said)}."
 
 
 def curve_caption(study: Study) -> str:
@@ -318,7 +310,8 @@ def curve_caption(study: Study) -> str:
         if tail
         else ""
     )
-    return "AUC on all hospitals' test patients after each round." + averaged
+    title = capital(leading(study).title)
+    return f"{title} on all hospitals' test patients after each round.{averaged}"
 
 
 def small_hospitals(tested: Mapping[str, int]) -> list[str]:
@@ -329,9 +322,8 @@ def small_hospitals(tested: Mapping[str, int]) -> list[str]:
     smallest = min(few, key=lambda name: (few[name], name))
     return [
         f"{len(few)} of {len(tested)} hospitals test on fewer than {FEW_TEST_PATIENTS} "
-        f"patients. At {smallest}, with {few[smallest]}, one patient more or less classified "
-        f"rightly moves accuracy by {1 / few[smallest]:.2f}: single hospitals' figures are "
-        f"rough."
+        f"patients. At {smallest}, with {few[smallest]}, one patient is {1 / few[smallest]:.2f} of "
+        f"all that is measured there: single hospitals' figures are rough."
     ]
 
 

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from client.hospital import Hospital
 from common.learning.metrics import mean_interval
 from common.study import Study
+from common.tasks import Measure
 from server.store import RunFolder
 from simulations.comparison import CurvePoint
+from simulations.display import model_cells, model_headings, released_words
 from simulations.evaluation import round_curve
 from simulations.markup import Content, Html, data_table, element, listed, note, page, paragraph
 from simulations.markup import section as part
+from simulations.measures import (
+    capital,
+    direction_note,
+    leading,
+    measures_of,
+    missing_note,
+    number,
+    worst_key,
+)
 from simulations.plots import round_plot
 from simulations.report_sections import (
     SIMULATED,
@@ -30,14 +42,6 @@ from simulations.scenario_words import scenario_section
 from simulations.simulate import load_hospitals
 from simulations.summary import summarise
 
-_HEADINGS = (
-    "hospital",
-    "tests on",
-    "teacher AUC",
-    "student AUC",
-    "teacher accuracy",
-    "student accuracy",
-)
 _ONE_RUN = (
     "One run with one seed says nothing of chance: another split, another start and other noise "
     "give other figures. `consilium compare` repeats over seeds and sets the result beside each "
@@ -55,11 +59,8 @@ def write_run_report(run_folder: Path) -> Path:
         run.read_json(name) for name in ("result.json", "privacy.json", "environment.json")
     )
     _, hospitals = load_hospitals(run_folder)
-    summary = summarise(run)
-    rows = sorted(
-        summary["hospitals"],
-        key=lambda row: (row["student_auc"] is None, row["student_auc"] or 0.0),
-    )
+    summary, measures = summarise(run), measures_of(study)
+    rows = sorted(summary["hospitals"], key=lambda row: _worst_first(row, measures[0]))
     sizes = {row["hospital"]: f"≈ {row['declared_patients']}" for row in summary["hospitals"]}
     tested = {row["hospital"]: row["test_patients"] for row in rows}
     text = page(
@@ -71,11 +72,11 @@ def write_run_report(run_folder: Path) -> Path:
             "Hospital by hospital",
             data_table(
                 "Exact scores at each hospital's own test patients, worst first",
-                _HEADINGS,
-                [_run_row(row) for row in [*rows, summary["all"]]],
+                ("hospital", "tests on", *model_headings(measures)),
+                [_run_row(row, measures) for row in [*rows, summary["all"]]],
             ),
             *_run_released(summary),
-            note("— means no AUC exists, because only one class was among the test patients."),
+            note(f"{missing_note(measures)} {direction_note(measures)}".strip()),
         ),
         *_rounds(run, study, hospitals),
         *scenario_section(study, summary),
@@ -93,7 +94,8 @@ def write_run_report(run_folder: Path) -> Path:
 
 
 def _rounds(run: RunFolder, study: Study, hospitals: list[Hospital]) -> list[Html]:
-    """The round curve; nothing when no AUC exists."""
+    """The round curve; nothing when no figure exists."""
+    measure = leading(study)
     stages = ["finetune", *(["distill"] if study.distill.on == "patients" else [])]
     curves = {
         stage: [
@@ -102,21 +104,18 @@ def _rounds(run: RunFolder, study: Study, hospitals: list[Hospital]) -> list[Htm
         ]
         for stage in stages
     }
-    drawn = round_plot(curves, title="AUC after each round")
+    drawn = round_plot(curves, measure, title=f"{capital(measure.title)} after each round")
     if drawn is None:
         return []
-    words, caption = curve_words(curves), curve_caption(study)
+    words, caption = curve_words(curves, measure), curve_caption(study)
     shown = saved_picture(run.path, "rounds", drawn, alt=words, caption=caption)
     return [part("Round by round", shown)]
 
 
 def _run_headline(study: Study, summary: dict[str, Any]) -> Iterator[Content]:
-    row = summary["all"]
-    measure, word = (
-        ("student_accuracy", "an accuracy")
-        if row["student_auc"] is None
-        else ("student_auc", "an AUC")
-    )
+    row, measures = summary["all"], measures_of(study)
+    measure = next((one for one in measures if row["student"][one.key] is not None), measures[0])
+    direction = "" if measure.higher_is_better else ", where lower is better,"
     budget = (
         "without any guarantee of privacy"
         if not summary["guaranteed"]
@@ -125,40 +124,30 @@ def _run_headline(study: Study, summary: dict[str, Any]) -> Iterator[Content]:
     yield element(
         "strong",
         f"Trained together by {len(summary['hospitals'])} hospitals {budget}, "
-        f"the student reaches {word} of {row[measure]:.3f} on "
-        f"{row['test_patients']} test patients",
+        f"the student reaches {measure.title} {number(row['student'][measure.key])}{direction} "
+        f"on {row['test_patients']} test patients",
     )
-    teacher = row[measure.replace("student", "teacher")]
+    teacher = number(row["teacher"][measure.key])
     ratio = summary["teacher_parameters"] / summary["student_parameters"]
-    yield f"; its teacher, {ratio:.0f} times larger, reaches {teacher:.3f}."
+    yield f"; its teacher, {ratio:.0f} times larger, reaches {teacher}."
 
 
-def _run_row(row: dict[str, Any]) -> tuple[str, ...]:
-    figures = (
-        row[key] for key in ("teacher_auc", "student_auc", "teacher_accuracy", "student_accuracy")
-    )
-    return (
-        row["hospital"],
-        str(row["test_patients"]),
-        *(_shown(one) for one in figures),
-    )
+def _worst_first(row: dict[str, Any], measure: Measure) -> tuple[bool, float]:
+    value = row["student"][measure.key]
+    return worst_key(measure, math.nan if value is None else value)
+
+
+def _run_row(row: dict[str, Any], measures: Sequence[Measure]) -> tuple[str, ...]:
+    return row["hospital"], str(row["test_patients"]), *model_cells(row, measures)
 
 
 def _run_released(summary: dict[str, Any]) -> list[Html]:
-    seen = summary["released"]
-    if seen is None:
+    if summary["released"] is None:
         return []
-    said = " and ".join(
-        f"{name} {_shown(mean)} ({_shown(low)} to {_shown(high)})"
-        for name, (mean, low, high) in seen.items()
-    )
+    said = released_words(summary) or "nothing"
     return [
         paragraph(
             f"A coordinator of real hospitals would have seen, from {summary['released_from']}: "
             f"{said}. The intervals are what that noise alone explains."
         )
     ]
-
-
-def _shown(value: float | None) -> str:
-    return "—" if value is None else f"{value:.3f}"

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.study import Study
+from common.tasks import Measure
 from simulations.markup import Html, data_table, listed, note, section
+from simulations.measures import listing, measures_in, number
 from simulations.poison import scenario_of
 
 _STAGES = {
@@ -39,7 +41,7 @@ def scenario_lines(summary: Mapping[str, Any]) -> list[str]:
     if summary.get("forecast"):
         lines.append(_forecast_words(summary["forecast"]))
     if summary.get("attack"):
-        lines += _attack_words(summary["attack"])
+        lines += _attack_words(summary["attack"], measures_in(summary))
     if summary.get("observer"):
         lines.append(_observer_words(summary["observer"]))
     return lines
@@ -98,14 +100,18 @@ def _forecast_words(found: Mapping[str, Any]) -> str:
     )
 
 
-def _attack_words(found: Mapping[str, Any]) -> list[str]:
+def _attack_words(found: Mapping[str, Any], measures: Sequence[Measure]) -> list[str]:
     who = ", ".join(found["hospitals"])
     lines = [f"Attack by {who}: {_KINDS[found['kind']]}."]
-    if found["auc_loss"] is not None:
+    losses = [
+        f"{_figure(loss)} of {one.title}"
+        for one in measures
+        if (loss := found[f"{one.key}_loss"]) is not None
+    ]
+    if losses:
         lines.append(
-            f"It cost the student {_figure(found['auc_loss'])} of AUC and "
-            f"{_figure(found['accuracy_loss'])} of accuracy at honest test patients, against the "
-            f"same run without it (95 % intervals over patients)."
+            f"It cost the student {listing(losses)} at honest test patients, against the same run "
+            f"without it (95 % intervals over patients)."
         )
     for model in ("student", "teacher"):
         key = "backdoor_rate" if model == "student" else "teacher_backdoor_rate"
@@ -157,7 +163,7 @@ def _told(study: Study) -> list[str]:
 
 
 def _figure(values: Sequence[float | None]) -> str:
-    value, low, high = ("—" if one is None else f"{one:.3f}" for one in values)
+    value, low, high = map(number, values)
     return f"{value} ({low} to {high})"
 
 

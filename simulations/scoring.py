@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from common.learning.metrics import (
-    Interval,
-    accuracy_from_histogram,
-    auc_from_histogram,
-    mean_interval,
-)
+from common.learning.metrics import Interval, held, mean_interval
+from common.study import Study
+from common.tasks import task_of
 from server.store import RunFolder
 from simulations.arms import ArmRun
 from simulations.combinations import Combination
 from simulations.comparison import (
     CurvePoint,
-    Quality,
     SeedFigures,
     SweepPoint,
     over_seeds,
+    quality,
     seed_figures,
 )
 from simulations.evaluation import Scores, finished_models, round_curve, score, together
+from simulations.measures import Quality, measures_of
 from simulations.worlds import Worlds
 
 Ledger = Mapping[str, Mapping[str, Sequence[SeedFigures]]]
@@ -60,9 +57,10 @@ def sweep_points(
 
 
 def _point(one: Combination, folder: Path, seeds: Sequence[int], ledger: Ledger) -> SweepPoint:
-    student, teacher = (over_seeds(ledger[role][one.arm]) for role in ("student", "teacher"))
-    runs = runs_of_arm(folder, one.arm, seeds)
-    study = one.study
+    study, runs = one.study, runs_of_arm(folder, one.arm, seeds)
+    student, teacher = (
+        over_seeds(ledger[role][one.arm], measures_of(study)) for role in ("student", "teacher")
+    )
     return SweepPoint(
         arm=one.arm,
         settings=dict(one.settings),
@@ -71,8 +69,8 @@ def _point(one: Combination, folder: Path, seeds: Sequence[int], ledger: Ledger)
         + (study.distill.rounds if study.distill.on == "patients" else 0),
         student=student.together,
         teacher=teacher.together,
-        worst_auc=student.worst_auc,
-        released=released(runs),
+        worst=student.worst,
+        released=released(runs, study),
         bytes_per_hospital=bytes_per_hospital(runs),
     )
 
@@ -92,32 +90,27 @@ def bytes_per_hospital(runs: Sequence[RunFolder]) -> Interval:
     return mean_interval(values)
 
 
-def released(runs: Sequence[RunFolder]) -> Quality | None:
-    """AUC (two classes) and accuracy from the sum of the released histograms."""
-    found = [released_figures(run) for run in runs]
+def released(runs: Sequence[RunFolder], study: Study) -> Quality | None:
+    """What the sum of the released histograms shows; None unless every run released some."""
+    found = [released_figures(run, study) for run in runs]
     known = [one for one in found if one is not None]
-    if len(known) < len(found):
-        return None
-    return Quality(
-        mean_interval([auc for auc, _ in known]),
-        mean_interval([accuracy for _, accuracy in known]),
-    )
+    return quality(known) if len(known) == len(found) else None
 
 
-def released_figures(run: RunFolder) -> tuple[float, float] | None:
-    """AUC and accuracy that a coordinator would know of the run's student; None for nothing."""
+def released_figures(run: RunFolder, study: Study) -> dict[str, float] | None:
+    """What a coordinator would know of the run's student; None for nothing."""
     histograms = run.read_json("result.json")["evaluation"]
     if not histograms:
         return None
     total = np.sum([np.array(one["counts"]) for one in histograms], axis=0)
-    auc = _held(auc_from_histogram(total)) if len(total) == 2 else math.nan
-    return auc, _held(accuracy_from_histogram(total))
+    figures = task_of(study).released_figures(total)
+    return {one.key: held(figures[one.key], one.bounds) for one in measures_of(study)}
 
 
 def curve(
     runs: Iterable[ArmRun], folder: Path, worlds: Worlds, stage: str
 ) -> tuple[CurvePoint, ...]:
-    """AUC after each round of ``stage``, over the seeds of one arm."""
+    """The leading measure after each round of ``stage``, over the seeds of one arm."""
     by_round: dict[int, list[float]] = {}
     for run in runs:
         place, hospitals = RunFolder(folder / run.place), worlds.judges(run.drawn_by)
@@ -126,8 +119,3 @@ def curve(
     return tuple(
         CurvePoint(number, mean_interval(values)) for number, values in sorted(by_round.items())
     )
-
-
-def _held(share: float) -> float:
-    """A figure from noised counts, held within [0, 1]; NaN stays."""
-    return share if math.isnan(share) else min(1.0, max(0.0, share))

@@ -35,6 +35,7 @@ from simulations.arms import ArmRun, train
 from simulations.claims import claim
 from simulations.combinations import Combination, Setting, in_words
 from simulations.comparison import without_nan
+from simulations.measures import gain, measures_of, number
 from simulations.price import Cost, selection_cost
 from simulations.scoring import released_figures
 from simulations.sweep import checked_combinations
@@ -48,7 +49,7 @@ _TRIALS, _DRAWN, _CHOSEN = "trials", "trials.json", "chosen.json"
 class Selection:
     """The outcome. ``settings``: of the best trial; None where none was drawn (Poisson only).
 
-    ``released``: AUC and accuracy from its noised histogram, which is all the choice rests on.
+    ``released``: its figures from its noised histogram, which is all the choice rests on.
     ``guaranteed``: whether all noise was secret; else ``cost`` promises nothing.
     """
 
@@ -57,7 +58,7 @@ class Selection:
     combinations: int
     trials: Trials
     settings: Mapping[str, Any] | None
-    released: tuple[float, float] | None
+    released: Mapping[str, float] | None
     cost: Cost
     guaranteed: bool
 
@@ -69,9 +70,7 @@ class Selection:
             "combinations": self.combinations,
             "trials": asdict(self.trials),
             "chosen": None if self.settings is None else dict(self.settings),
-            "released": None
-            if self.released is None
-            else {"auc": self.released[0], "accuracy": self.released[1]},
+            "released": self.released,
             "cost": asdict(self.cost) | {"delta": self.study.privacy.delta},
             "guaranteed": self.guaranteed,
         }
@@ -112,13 +111,13 @@ def select(
     )
     if not (folder / _CHOSEN).is_file():
         drawn = _drawn(folder, len(combinations), trials, noise_seed)
-        best = None
+        best: tuple[tuple[int, float], int, int] | None = None
         for number, index in enumerate(drawn):
             run = ArmRun(f"{_TRIALS}/{number}", combinations[index].study)
             # Test noise differs from trial to trial, as secret noise does by itself.
             seed = None if noise_seed is None else noise_seed + number
             train([run], folder, worlds, noise_seed=seed, watch=lambda _: None, debug=debug)
-            scored = _score(RunFolder(folder / run.place))
+            scored = _score(RunFolder(folder / run.place), run.study)
             if best is None or scored > best[0]:
                 best = (scored, number, index)
         _write_chosen(folder, combinations, best)
@@ -162,16 +161,25 @@ def _drawn(folder: Path, combinations: int, trials: Trials, noise_seed: int | No
     return found
 
 
-def _score(run: RunFolder) -> float:
-    """The AUC that the histogram shows, or the accuracy with more classes; −∞ where it cannot."""
-    figures = released_figures(run)
+def _score(run: RunFolder, study: Study) -> tuple[int, float]:
+    """What trials are ordered by, the better the higher: the first measure the histogram shows.
+
+    A trial with a figure of an earlier measure is better than one without: figures of different
+    measures are never compared.
+    """
+    figures = released_figures(run, study)
     assert figures is not None  # noqa: S101  (see _checked_cost)
-    known = [one for one in figures if not math.isnan(one)]
-    return known[0] if known else -math.inf
+    for place, measure in enumerate(measures_of(study)):
+        value = figures[measure.key]
+        if not math.isnan(value):
+            return -place, gain(measure, value)
+    return -len(figures), -math.inf
 
 
 def _write_chosen(
-    folder: Path, combinations: Sequence[Combination], best: tuple[float, int, int] | None
+    folder: Path,
+    combinations: Sequence[Combination],
+    best: tuple[tuple[int, float], int, int] | None,
 ) -> None:
     chosen: dict[str, Any] = {"settings": None, "trial": None}
     if best is not None:
@@ -199,13 +207,14 @@ def _finished(
     write_atomically(
         folder / _CHOSEN, json.dumps({"settings": chosen["settings"], "trial": None}).encode()
     )
+    settings = chosen["settings"]
     found = Selection(
         study=study,
         folder=folder,
         combinations=combinations,
         trials=trials,
-        settings=chosen["settings"],
-        released=None if chosen["settings"] is None else released_figures(RunFolder(winner)),
+        settings=settings,
+        released=None if settings is None else released_figures(*RunFolder.open(winner)),
         cost=cost,
         guaranteed=noise_seed is None,
     )
@@ -247,11 +256,14 @@ def selection_lines(found: Selection) -> list[str]:
             f"Privacy: {price_words(found).strip()}",
         ]
     assert found.released is not None  # noqa: S101  (a trial was run)
-    auc, accuracy = found.released
-    known = f"AUC {auc:.3f}, " if not math.isnan(auc) else ""
+    known = [
+        f"{one.title} {number(found.released[one.key])}"
+        for one in measures_of(found.study)
+        if not math.isnan(found.released[one.key])
+    ]
     return [
         f"Chosen: {in_words(found.settings)}",
-        f"Released of it: {known}accuracy {accuracy:.3f}, from noised histograms.",
+        f"Released of it: {', '.join(known) or 'no figure'}, from noised histograms.",
         f"Privacy: {price_words(found).strip()}",
         f"Its run: {found.folder / WINNER}/; the other trials are deleted.",
     ]

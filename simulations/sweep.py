@@ -27,10 +27,12 @@ from common.learning.metrics import Interval
 from common.privacy.budget import budget_of, evaluation_budget_of
 from common.secagg.plan import check_sums
 from common.study import Study
+from common.tasks import Measure
 from simulations.arms import ArmRun, Watch, sweep_runs, train
 from simulations.claims import claim
 from simulations.combinations import Combination, Setting, combine, in_words
-from simulations.comparison import CurvePoint, SweepPoint, without_nan
+from simulations.comparison import CurvePoint, SweepPoint, curves_json, without_nan
+from simulations.measures import leading, measures_of
 from simulations.price import Price, price_of
 from simulations.scoring import curve, score_runs, sweep_points
 from simulations.worlds import Worlds
@@ -38,7 +40,7 @@ from simulations.worlds import Worlds
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What a sweep found. ``curves``: the teacher's AUC after each round, by combination."""
+    """What a sweep found. ``curves``: the teacher after each round, by combination."""
 
     study: Study
     folder: Path
@@ -49,6 +51,11 @@ class Sweep:
     curves: Mapping[str, tuple[CurvePoint, ...]]
     price: Price | None
 
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """What the study's task measures, the leading one first."""
+        return measures_of(self.study)
+
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``results.json``; figures that do not exist become None."""
         tree: dict[str, Any] = {
@@ -56,9 +63,10 @@ class Sweep:
             "study_digest": self.study.digest(),
             "interval": "95 %, Student's t over the seeds",
             "seeds": list(self.seeds),
+            "measures": [asdict(one) for one in self.measures],
             "settings": {one.key: list(one.values) for one in self.settings},
             "combinations": [asdict(one) for one in self.points],
-            "curves": {name: [asdict(one) for one in these] for name, these in self.curves.items()},
+            "curves": curves_json(self.curves, leading(self.study)),
             "chosen": None,
             "price_of_choosing": None if self.price is None else asdict(self.price),
         }
@@ -140,7 +148,8 @@ def checked_combinations(
 def results_csv(found: Sweep) -> str:
     """One line for each combination; empty cells where a figure does not exist."""
     keys = [one.key for one in found.settings]
-    figures = ("auc", "accuracy", "teacher_auc", "released_auc", "bytes_per_hospital")
+    measures, first = [one.key for one in found.measures], leading(found.study).key
+    figures = (*measures, f"teacher_{first}", f"released_{first}", "bytes_per_hospital")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
@@ -150,27 +159,26 @@ def results_csv(found: Sweep) -> str:
             "charged_rounds",
             *(f"{name}{part}" for name in figures for part in ("", "_low", "_high")),
             "worst_hospital",
-            "worst_auc",
+            f"worst_{first}",
             "seeds",
         ]
     )
     for one in found.points:
-        released = one.released.auc if one.released is not None else None
         values = (
-            one.student.auc,
-            one.student.accuracy,
-            one.teacher.auc,
-            released,
+            *(one.student[key] for key in measures),
+            one.teacher[first],
+            None if one.released is None else one.released[first],
             one.bytes_per_hospital,
         )
+        worst = one.worst[first]
         writer.writerow(
             [
                 *(_cell(one.settings[key]) for key in keys),
                 _cell(one.epsilon),
                 one.rounds,
                 *(cell for value in values for cell in _interval_cells(value)),
-                one.worst_auc.hospital or "",
-                _cell(without_nan(one.worst_auc.value.mean)),
+                worst.hospital or "",
+                _cell(without_nan(worst.value.mean)),
                 len(found.seeds),
             ]
         )

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from common.learning.metrics import Interval
+from common.tasks import Measure
 from simulations.combinations import in_words, value_words
 from simulations.comparison import CurvePoint, SweepPoint
 from simulations.drawing import (
@@ -18,14 +19,15 @@ from simulations.drawing import (
     band,
     bars,
     canvas,
-    frame_auc,
+    frame,
     legend,
     picture,
 )
+from simulations.measures import axis_words, number
 
 EPSILON = "privacy.epsilon"
 _WIDE = 8.0  # from this ratio of largest to smallest on, an axis is logarithmic
-_AUC = "AUC on all test patients"
+_WHERE = "all test patients"
 _ROW_INCHES = 0.22
 _MOST_BANDS = 2  # more of them cover each other
 
@@ -44,17 +46,18 @@ def setting_plot(
     points: Sequence[SweepPoint],
     key: str,
     *,
+    measure: Measure,
     unit: str,
     title: str,
     label: str = "federated student",
     levels: Sequence[Level] = (),
 ) -> Picture | None:
-    """Student AUC against the setting ``key``, a line for each choice of the others.
+    """The student by ``measure`` against the setting ``key``, a line for each choice of the others.
 
-    None when no AUC exists, or there are more lines than can be told apart. ``unit``: the privacy
-    unit; ``label``: of a single line.
+    None when no figure exists, or there are more lines than can be told apart. ``unit``: the
+    privacy unit; ``label``: of a single line.
     """
-    known = [one for one in points if one.student.auc.count]
+    known = [one for one in points if one.student[measure.key].count]
     series = _series(known, key, label)
     if not series or len(series) > len(STYLES):
         return None
@@ -65,12 +68,13 @@ def setting_plot(
     for index, (name, members) in enumerate(series.items()):
         ordered = sorted(members, key=lambda one: where[value_words(one.settings[key])])
         here = [where[value_words(one.settings[key])] for one in ordered]
-        aucs, style = [one.student.auc for one in ordered], STYLES[index]
+        figures, style = [one.student[measure.key] for one in ordered], STYLES[index]
         if len(series) <= _MOST_BANDS:
-            band(axes, here, aucs, label=name, style=style)
+            band(axes, here, figures, measure, label=name, style=style)
         else:
-            bars(axes, _apart(here, index, len(series), span), aucs, label=name, style=style)
-    drawn = [one.student.auc for one in known]
+            apart = _apart(here, index, len(series), span)
+            bars(axes, apart, figures, measure, label=name, style=style)
+    drawn = [one.student[measure.key] for one in known]
     for level in (one for one in levels if one.value.count):
         mean = level.value.mean
         axes.axhline(
@@ -78,26 +82,28 @@ def setting_plot(
             color=level.colour,
             linestyle=level.line,
             linewidth=1.6,
-            label=f"{level.label}: {mean:.3f}",
+            label=f"{level.label}: {number(mean)}",
         )
         drawn.append(level.value)
     _ticks(axes, {where[value]: value for value in values})
     axes.set_xlabel(
         f"ε of the whole training, per {unit} (smaller protects more)" if key == EPSILON else key
     )
-    axes.set_ylabel(_AUC)
+    axes.set_ylabel(axis_words(measure, _WHERE))
     axes.set_title(title)
-    frame_auc(axes, drawn)
+    frame(axes, drawn, measure)
     legend(figure, axes)
     return picture(figure)
 
 
-def traffic_plot(points: Sequence[SweepPoint]) -> Picture | None:
-    """Student AUC against the bytes of one hospital, a series for each value of the first setting.
+def traffic_plot(points: Sequence[SweepPoint], measure: Measure) -> Picture | None:
+    """The student against the bytes of one hospital, a series for each value of the first setting.
 
-    None when no AUC exists, or every combination moves the same bytes.
+    None when no figure exists, or every combination moves the same bytes.
     """
-    known = [one for one in points if one.student.auc.count and one.bytes_per_hospital.count]
+    known = [
+        one for one in points if one.student[measure.key].count and one.bytes_per_hospital.count
+    ]
     if len({round(one.bytes_per_hospital.mean) for one in known}) < 2:
         return None
     first = next(iter(known[0].settings))
@@ -114,21 +120,22 @@ def traffic_plot(points: Sequence[SweepPoint]) -> Picture | None:
         bars(
             axes,
             _apart(where, list(groups).index(name), len(groups), span),
-            [one.student.auc for one in ordered],
+            [one.student[measure.key] for one in ordered],
+            measure,
             label=name,
             style=style,
         )
     axes.set_xlabel("kilobytes that one hospital receives and sends in the whole study")
-    axes.set_ylabel(_AUC)
+    axes.set_ylabel(axis_words(measure, _WHERE))
     axes.set_title("What does quality cost in traffic?")
-    frame_auc(axes, [one.student.auc for one in known])
+    frame(axes, [one.student[measure.key] for one in known], measure)
     legend(figure, axes)
     return picture(figure)
 
 
-def rounds_plot(curves: Mapping[str, Sequence[CurvePoint]]) -> Picture | None:
-    """AUC after each round, a line for each combination, by its name."""
-    known = {name: [one for one in points if one.auc.count] for name, points in curves.items()}
+def rounds_plot(curves: Mapping[str, Sequence[CurvePoint]], measure: Measure) -> Picture | None:
+    """The leading ``measure`` after each round, a line for each combination, by its name."""
+    known = {name: [one for one in points if one.figure.count] for name, points in curves.items()}
     known = {name: points for name, points in known.items() if points}
     if not known or len(known) > len(STYLES):
         return None
@@ -137,7 +144,7 @@ def rounds_plot(curves: Mapping[str, Sequence[CurvePoint]]) -> Picture | None:
         colour, marker, line = style
         axes.plot(
             [one.round for one in points],
-            [one.auc.mean for one in points],
+            [one.figure.mean for one in points],
             color=colour,
             marker=marker,
             linestyle=line,
@@ -147,17 +154,11 @@ def rounds_plot(curves: Mapping[str, Sequence[CurvePoint]]) -> Picture | None:
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
     axes.set_xlabel("round")
-    axes.set_ylabel(_AUC)
+    axes.set_ylabel(axis_words(measure, _WHERE))
     axes.set_title("How fast does the teacher learn?")
     # Lines without bands: the means alone set the range.
-    frame_auc(
-        axes,
-        [
-            Interval(one.auc.mean, one.auc.mean, one.auc.mean, 1)
-            for points in known.values()
-            for one in points
-        ],
-    )
+    means = [one.figure.mean for points in known.values() for one in points]
+    frame(axes, [Interval(one, one, one, 1) for one in means], measure)
     legend(figure, axes)
     return picture(figure)
 

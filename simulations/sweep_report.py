@@ -6,16 +6,17 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from common.tasks import Measure
 from server.store import RunFolder
 from simulations.combinations import value_words
 from simulations.comparison import SweepPoint
 from simulations.drawing import STYLES
 from simulations.markup import Content, Html, element, listed, note, page, paragraph
 from simulations.markup import section as part
+from simulations.measures import capital, in_words, leading, number
 from simulations.report import rows_table
 from simulations.report_sections import (
     SIMULATED,
-    in_words,
     reproduce_section,
     saved_picture,
     study_section,
@@ -50,7 +51,7 @@ def write_sweep_report(found: Sweep) -> Path:
             "Every combination",
             rows_table(sweep_rows(found)),
             note(_KEPT_ALIKE),
-            note(interval_note(len(found.seeds))),
+            note(interval_note(len(found.seeds), found.measures)),
         ),
         part("In pictures", *_pictures(found)),
         part("What choosing would cost", *_price(found)),
@@ -75,15 +76,20 @@ def _headline(found: Sweep) -> Iterator[Content]:
         f"{one.key} ({', '.join(value_words(value) for value in one.values)})"
         for one in found.settings
     )
-    measure = "auc" if any(one.student.auc.count for one in found.points) else "accuracy"
-    known = [value for one in found.points if (value := getattr(one.student, measure)).count]
+    measure = next(
+        (m for m in found.measures if any(one.student[m.key].count for one in found.points)),
+        found.measures[0],
+    )
+    known = [value for one in found.points if (value := one.student[measure.key]).count]
     low, high = min(one.mean for one in known), max(one.mean for one in known)
     yield element(
         "strong",
         f"{len(found.points)} combinations of {words}, {len(found.seeds)} "
         f"{'seed' if len(found.seeds) == 1 else 'seeds'} each: the student's mean "
-        f"{'AUC' if measure == 'auc' else measure} lies between {low:.3f} and {high:.3f}.",
+        f"{measure.title} lies between {number(low)} and {number(high)}.",
     )
+    if not measure.higher_is_better:
+        yield " Lower is better."
     yield " Nothing was chosen: see what choosing would cost."
 
 
@@ -104,7 +110,8 @@ def _promise(*, exact: bool) -> Html:
 
 
 def _pictures(found: Sweep) -> Iterator[Html]:
-    seeds = len(found.seeds)
+    seeds, measure = len(found.seeds), leading(found.study)
+    title = capital(measure.title)
     band = (
         ""
         if seeds == 1
@@ -119,6 +126,7 @@ def _pictures(found: Sweep) -> Iterator[Html]:
         drawn = setting_plot(
             found.points,
             setting.key,
+            measure=measure,
             unit=found.study.privacy.unit.value,
             title=f"What does {name} bring?" if name != "ε" else "What does privacy cost?",
         )
@@ -128,47 +136,48 @@ def _pictures(found: Sweep) -> Iterator[Html]:
                 found.folder,
                 "epsilon" if setting.key == EPSILON else setting.key.replace(".", "-"),
                 drawn,
-                alt=f"Student AUC by {name}. {_point_words(found.points)}",
-                caption=f"AUC of the student by {name}, a line for each choice of the other "
+                alt=f"{title} of the student by {name}. {_point_words(found.points, measure)}",
+                caption=f"{title} of the student by {name}, a line for each choice of the other "
                 f"settings.{band}",
             )
-    if (drawn := traffic_plot(found.points)) is not None:
+    if (drawn := traffic_plot(found.points, measure)) is not None:
         drawn_any = True
         yield saved_picture(
             found.folder,
             "bytes",
             drawn,
-            alt=f"Student AUC by bytes per hospital. {_point_words(found.points, traffic=True)}",
-            caption="AUC of the student against what one hospital receives and sends in the whole "
-            f"study.{band}",
+            alt=f"{title} of the student by bytes per hospital. "
+            + _point_words(found.points, measure, traffic=True),
+            caption=f"{title} of the student against what one hospital receives and sends in the "
+            f"whole study.{band}",
         )
-    if (drawn := rounds_plot(found.curves)) is not None:
+    if (drawn := rounds_plot(found.curves, measure)) is not None:
         drawn_any = True
         yield saved_picture(
             found.folder,
             "rounds",
             drawn,
-            alt="The teacher's AUC after each round. "
+            alt=f"The teacher's {measure.title} after each round. "
             + "; ".join(
-                f"{name}: round {points[-1].round} {points[-1].auc.mean:.3f}"
+                f"{name}: round {points[-1].round} {number(points[-1].figure.mean)}"
                 for name, points in found.curves.items()
                 if points
             )
             + ".",
-            caption="AUC of the teacher on all hospitals' test patients after each round; means "
-            "over the seeds.",
+            caption=f"{title} of the teacher on all hospitals' test patients after each round; "
+            "means over the seeds.",
         )
     if not drawn_any:
         yield paragraph(
-            f"No picture: no AUC exists, or there are more than {len(STYLES)} lines to tell apart. "
-            f"All figures are in results.csv."
+            f"No picture: no {measure.title} exists, or there are more than {len(STYLES)} lines to "
+            f"tell apart. All figures are in results.csv."
         )
 
 
-def _point_words(points: Sequence[SweepPoint], *, traffic: bool = False) -> str:
+def _point_words(points: Sequence[SweepPoint], measure: Measure, *, traffic: bool = False) -> str:
     def about(one: SweepPoint) -> str:
         size = f" ({one.bytes_per_hospital.mean / 1e3:.0f} kB)" if traffic else ""
-        return f"{one.arm}{size}: {in_words(one.student.auc)}"
+        return f"{one.arm}{size}: {in_words(one.student[measure.key], measure)}"
 
     return "; ".join(about(one) for one in points) + "."
 

@@ -11,7 +11,7 @@ from simulations.comparison import shown
 from simulations.price import Cost, Price
 from simulations.sweep import Sweep
 from simulations.sweep_plots import EPSILON
-from simulations.tables import Rows, interval_note, rich_table, worst_words
+from simulations.tables import Rows, interval_note, rich_table, titles, worst_words
 
 _LAWS = {
     "logarithmic": "best of a random number of trials, logarithmic law",
@@ -25,17 +25,21 @@ def sweep_rows(found: Sweep, *, wide: bool = True) -> Rows:
 
     Without ``wide`` the columns that a terminal of 80 characters has room for.
     """
-    seeds, keys = len(found.seeds), [one.key for one in found.settings]
+    seeds, keys, first = len(found.seeds), [one.key for one in found.settings], found.measures[0]
     columns = [key for key in keys if key != EPSILON]
-    more = ("charged rounds", "teacher AUC", "worst hospital, AUC") if wide else ()
+    more = (
+        ("charged rounds", f"teacher {first.title}", f"worst hospital, {first.title}")
+        if wide
+        else ()
+    )
     rows = []
     for one in found.points:
-        figures = [shown(one.student.auc, seeds=seeds), shown(one.student.accuracy, seeds=seeds)]
+        figures = [shown(one.student[measure.key], seeds=seeds) for measure in found.measures]
         if wide:
             figures += [
                 str(one.rounds),
-                shown(one.teacher.auc, seeds=seeds),
-                worst_words(one.worst_auc, seeds),
+                shown(one.teacher[first.key], seeds=seeds),
+                worst_words(one.worst[first.key], seeds),
             ]
         rows.append(
             (
@@ -47,7 +51,7 @@ def sweep_rows(found: Sweep, *, wide: bool = True) -> Rows:
         )
     return Rows(
         "Every combination: student on all hospitals' test patients",
-        ("ε", *columns, "AUC", "accuracy", *more, "kB per hospital"),
+        ("ε", *columns, *titles(found.measures), *more, "kB per hospital"),
         tuple(rows),
         names=1 + len(columns),
     )
@@ -97,7 +101,7 @@ def render_sweep(found: Sweep) -> RenderableType:
     return Group(
         *parts,
         Text(nothing_chosen(found)),
-        Text(interval_note(len(found.seeds)), style="dim"),
+        Text(interval_note(len(found.seeds), found.measures), style="dim"),
     )
 
 

@@ -12,6 +12,8 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 Floats = NDArray[np.float64]
+Bounds = tuple[float | None, float | None]
+"""Lowest and highest that a figure can be; None where it has no end."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,25 @@ def accuracy_from_histogram(histogram: Floats) -> float:
     return float(right / total)
 
 
+def held(value: float, bounds: Bounds) -> float:
+    """A figure within what it can be; NaN stays.
+
+    >>> held(1.2, (0.0, 1.0)), held(-3.0, (0.0, None)), held(7.0, (None, None))
+    (1.0, 0.0, 7.0)
+    """
+    low, high = bounds
+    if low is not None and value < low:
+        return low
+    return high if high is not None and value > high else value
+
+
 def noise_interval(
-    histogram: Floats, noise_std: float, figure: Callable[[Floats], float]
+    histogram: Floats, noise_std: float, figure: Callable[[Floats], float], *, bounds: Bounds
 ) -> Interval:
     """``figure`` of a noised histogram, with the 95 % interval that its noise alone explains.
 
     A parametric bootstrap: the same noise is added again, many times. Post-processing, so free.
+    Noise can push a figure out of its ``bounds``: it is held within.
     """
     generator = np.random.default_rng(0)
     again = [
@@ -127,7 +142,7 @@ def noise_interval(
     known = [value for value in again if not math.isnan(value)]
     mean = figure(histogram)
     if math.isnan(mean) or not known:
-        return Interval(mean, math.nan, math.nan, 0)
+        return Interval(held(mean, bounds), math.nan, math.nan, 0)
     half = 1.96 * float(np.std(known))
-    low, mean, high = (float(np.clip(one, 0, 1)) for one in (mean - half, mean, mean + half))
+    low, mean, high = (held(one, bounds) for one in (mean - half, mean, mean + half))
     return Interval(mean, low, high, 1)

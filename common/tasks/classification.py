@@ -32,7 +32,10 @@ class Classification:
     name: str
     classes: int
 
-    measures = (Measure("auc", "AUC"), Measure("accuracy", "accuracy"))
+    measures = (
+        Measure("auc", "AUC", chance=0.5, needs="test patients of at least two classes"),
+        Measure("accuracy", "accuracy"),
+    )
 
     @property
     def outputs(self) -> int:

@@ -17,13 +17,16 @@ class Measure:
     """One figure by which models are compared.
 
     ``key``: its name in JSON; ``title``: its name in tables and plots.
-    ``bounds``: what it can be, None where it has no end.
+    ``bounds``: what it can be, None where it has no end. ``chance``: what guessing gives, where
+    that is the same for all patients. ``needs``: what it does not exist without, in words.
     """
 
     key: str
     title: str
     higher_is_better: bool = True
     bounds: tuple[float | None, float | None] = (0.0, 1.0)
+    chance: float | None = None
+    needs: str = ""
 
 
 class Task(Protocol):

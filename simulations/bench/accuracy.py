@@ -42,7 +42,7 @@ def wisconsin() -> dict[str, Any]:
     return figures(
         {
             key: [
-                together(student_scores(study.revised(seed=seed, **changes), Path())).auc
+                together(student_scores(study.revised(seed=seed, **changes), Path())).figures["auc"]
                 for seed in SEEDS
             ]
             for key, changes in arms.items()
@@ -64,7 +64,8 @@ def heart(folder: Path) -> dict[str, Any]:
             for fold in range(study.evaluation.folds)
         ]
         # A hospital's accuracy counts every one of its patients once, over all folds.
-        return float(np.mean([together(parts).accuracy for parts in zip(*folds, strict=True)]))
+        each = [together(parts).figures["accuracy"] for parts in zip(*folds, strict=True)]
+        return float(np.mean(each))
 
     return figures(
         {key: [seed_accuracy(seed, changes) for seed in SEEDS] for key, changes in arms.items()}

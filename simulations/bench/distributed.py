@@ -46,9 +46,9 @@ def wisconsin() -> dict[str, Any]:
         ("local", base, _everybody),
     ):
         for seed in SEEDS:
-            found = together(_student_scores(study.revised(seed=seed), Path(), whom))
-            values.setdefault(f"eps1_{arm}_auc", []).append(found.auc)
-            values.setdefault(f"eps1_{arm}_acc", []).append(found.accuracy)
+            found = together(_student_scores(study.revised(seed=seed), Path(), whom)).figures
+            values.setdefault(f"eps1_{arm}_auc", []).append(found["auc"])
+            values.setdefault(f"eps1_{arm}_acc", []).append(found["accuracy"])
     return figures(values)
 
 
@@ -61,7 +61,7 @@ def heart_rows(folder: Path) -> dict[str, Any]:
             _student_scores(arm.revised(seed=seed, evaluation__fold=fold), folder, whom)
             for fold in range(study.evaluation.folds)
         ]
-        return [together(parts).accuracy for parts in zip(*folds, strict=True)]
+        return [together(parts).figures["accuracy"] for parts in zip(*folds, strict=True)]
 
     return _rows(study, of_seed, 4)
 
@@ -72,7 +72,8 @@ def diabetes_rows(folder: Path) -> dict[str, Any]:
     local = study.revised(privacy__trust="local", federation__hospitals=None)
 
     def of_seed(arm: Study, whom: Groups, seed: int) -> list[float]:
-        return [one.auc for one in _student_scores(arm.revised(seed=seed), folder, whom)]
+        scores = _student_scores(arm.revised(seed=seed), folder, whom)
+        return [one.figures["auc"] for one in scores]
 
     return _rows(local, of_seed, 10)
 

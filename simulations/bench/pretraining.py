@@ -30,7 +30,7 @@ def _ablation(study: Study, folder: Path) -> dict[str, Any]:
     study = study.revised(privacy__epsilon=3.0, evaluation__epsilon=None)
     with_it, without = (
         [
-            together(student_scores(study.revised(seed=seed, **changes), folder)).auc
+            together(student_scores(study.revised(seed=seed, **changes), folder)).figures["auc"]
             for seed in SEEDS
         ]
         for changes in ({}, {"pretrain__steps": 0})

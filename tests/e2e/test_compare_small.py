@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from common import tasks
 from common.errors import RunError
 from common.study import Study, load_study
 from server.store import RunFolder
@@ -18,6 +20,7 @@ from simulations.report import write_report
 from simulations.run_report import write_run_report
 from simulations.simulate import load_hospitals, resume, simulate
 from tests.e2e.interruptions import stop_in_the_third_run
+from tests.unit.made_up import DOSE, ERROR
 
 EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
 NOISE_SEED = 7
@@ -132,12 +135,12 @@ def test_every_arm_is_scored_on_the_same_test_patients(done: Comparison) -> None
     for arm in ("federated", "pooled", "privacy.epsilon=1"):
         folder, own = RunFolder.open(done.folder / arm / "seed-0")
         _, student, features = finished_models(folder, own)
-        aucs[arm] = together(score(student, own, features, hospitals)).auc
+        aucs[arm] = together(score(student, own, features, hospitals)).figures["auc"]
     _, second = load_hospitals(done.folder / "federated" / "seed-1")
     folder, own = RunFolder.open(done.folder / "federated" / "seed-1")
     _, student, features = finished_models(folder, own)
-    other = together(score(student, own, features, second)).auc
-    found = done.arms["federated"].student.together.auc
+    other = together(score(student, own, features, second)).figures["auc"]
+    found = done.arms["federated"].student.together["auc"]
     assert found.mean == pytest.approx((aucs["federated"] + other) / 2)
     assert study.seed == 0
     facts = {one.name: len(one.test.patients) for one in hospitals}
@@ -159,12 +162,12 @@ def test_alone_is_each_hospitals_own_model_at_home_and_the_mean_of_all_elsewhere
             folder, own = RunFolder.open(done.folder / "alone" / name / f"seed-{seed}")
             _, student, features = finished_models(folder, own)
             scored = score(student, own, features, hospitals)
-            aucs.append(together(scored).auc)
-            at_home[name] += [one.auc for one in scored if one.hospital == name]
+            aucs.append(together(scored).figures["auc"])
+            at_home[name] += [one.figures["auc"] for one in scored if one.hospital == name]
     alone = done.arms["alone"].student
-    assert alone.together.auc.mean == pytest.approx(sum(aucs) / len(aucs))
+    assert alone.together["auc"].mean == pytest.approx(sum(aucs) / len(aucs))
     for name, values in at_home.items():
-        assert alone.hospitals[name].auc.mean == pytest.approx(sum(values) / len(values))
+        assert alone.hospitals[name]["auc"].mean == pytest.approx(sum(values) / len(values))
 
 
 def test_figures_are_shares_with_both_seeds_behind_them(done: Comparison) -> None:
@@ -177,8 +180,8 @@ def test_figures_are_shares_with_both_seeds_behind_them(done: Comparison) -> Non
         "federated-no-privacy",
     ]
     for arm in done.arms.values():
-        assert arm.student.together.auc.count == 2
-        assert 0.5 < arm.student.together.auc.mean <= 1
+        assert arm.student.together["auc"].count == 2
+        assert 0.5 < arm.student.together["auc"].mean <= 1
         assert set(arm.student.hospitals) == set(done.hospitals)
     assert [one.epsilon for one in done.sweep] == [1.0, 3.0]
     assert [one.round for one in done.curves["finetune"]] == [1, 2, 3]
@@ -228,3 +231,30 @@ def test_a_study_without_privacy_compares_three_arms(tmp_path: Path) -> None:
     assert list(found.arms) == ["federated", "alone", "pooled"]
     assert found.sweep == ()
     assert "No privacy is guaranteed for any of it" in write_report(found).read_text("utf-8")
+
+
+def test_a_task_whose_figure_is_better_the_lower_is_compared_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tasks.TASKS, "dose", DOSE)
+    study = small(
+        task="dose",
+        privacy__trust="none",
+        privacy__epsilon=None,
+        privacy__delta=None,
+        evaluation__epsilon=None,
+    )
+    found = compare(study, tmp_path / "c", Path(), seeds=1, watch=lambda _: None)
+    student = found.arms["federated"].student
+    errors = {name: one["error"].mean for name, one in student.hospitals.items()}
+    assert student.worst["error"].hospital == max(errors, key=lambda name: errors[name])
+    tree = json.loads((tmp_path / "c" / "comparison.json").read_text("utf-8"))
+    assert set(tree["arms"]["pooled"]["teacher"]["together"]) == {"error"}
+    assert tree["measures"] == [asdict(ERROR) | {"bounds": [None, None]}]
+    place = tmp_path / "c" / "federated" / "seed-0"
+    for path in (write_report(found), write_run_report(place)):
+        text = path.read_text("utf-8")
+        assert "reaches dose error " in text and ", where lower is better, on" in text
+        assert "Lower is better for dose error." in text and " AUC" not in text
+    summary = RunFolder(place).read_json("evaluation.json")
+    assert summary["all"]["student"]["error"] == student.together["error"].mean

@@ -69,7 +69,7 @@ def test_four_real_hospitals_learn_together(heart: Path, tmp_path: Path) -> None
         "va",
     ]
     # Chance is .5; a right run stays far above .75 whatever the noise at ε = 1.
-    assert summary["all"]["student_auc"] > 0.75
+    assert summary["all"]["student"]["auc"] > 0.75
     assert summary["epsilon"] <= 1.0
     assert summary["guaranteed"]
 
@@ -84,7 +84,7 @@ def test_images_of_ten_hospitals(pneumonia: Path, tmp_path: Path) -> None:
     assert len(world.corpus) + sum(len(site.table) for site in world.sites) == 4708
     run = simulate(study, tmp_path / "run", pneumonia, lambda _: None)
     summary = summarise(RunFolder(run.path))
-    assert summary["all"]["teacher_auc"] > 0.8
+    assert summary["all"]["teacher"]["auc"] > 0.8
     assert summary["teacher_parameters"] >= 10 * summary["student_parameters"]
 
 

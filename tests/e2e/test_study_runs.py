@@ -43,7 +43,7 @@ def run(study: Study, path: Path, **options: Any) -> RunFolder:
 def student_auc(path: Path) -> float:
     study, hospitals = load_hospitals(path)
     _, student, features = finished_models(RunFolder(path), study)
-    return together(score(student, study, features, hospitals)).auc
+    return together(score(student, study, features, hospitals)).figures["auc"]
 
 
 @pytest.fixture(scope="module")

@@ -75,8 +75,8 @@ def test_every_combination_has_figures_over_all_seeds(done: Sweep) -> None:
         for rounds in (2, 4)
     ]
     for one in done.points:
-        assert one.student.auc.count == 2
-        assert 0.5 < one.student.auc.mean <= 1
+        assert one.student["auc"].count == 2
+        assert 0.5 < one.student["auc"].mean <= 1
         assert one.released is not None
         assert one.rounds == one.settings["finetune.rounds"]
         curve = done.curves[f"privacy.epsilon = {one.epsilon:g}, finetune.rounds = {one.rounds}"]
@@ -104,8 +104,8 @@ def test_the_files_hold_the_figures(done: Sweep) -> None:
     assert len(rows) == len(done.points)
     for row, one in zip(rows, done.points, strict=True):
         assert float(row["privacy.epsilon"]) == one.epsilon
-        assert float(row["auc"]) == one.student.auc.mean
-        assert float(row["auc_low"]) == one.student.auc.low
+        assert float(row["auc"]) == one.student["auc"].mean
+        assert float(row["auc_low"]) == one.student["auc"].low
         assert float(row["bytes_per_hospital"]) == one.bytes_per_hospital.mean
 
 
@@ -220,11 +220,11 @@ def chosen(folder: Path, **more):
 def test_a_selection_keeps_the_best_trial_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores: list[float] = []
+    scores: list[tuple[int, float]] = []
     real = selection._score
 
-    def note(run: RunFolder) -> float:
-        scores.append(real(run))
+    def note(run: RunFolder, study: Study) -> tuple[int, float]:
+        scores.append(real(run, study))
         return scores[-1]
 
     monkeypatch.setattr(selection, "_score", note)
@@ -232,8 +232,8 @@ def test_a_selection_keeps_the_best_trial_alone(
     found = chosen(tmp_path / "s")
     assert len(scores) == 4
     assert len(set(scores[1::2])) == 2  # the same settings twice, under fresh noise
-    assert found.released == released_figures(RunFolder(tmp_path / "s" / "winner"))
-    assert found.released is not None and found.released[0] == max(scores)
+    assert found.released == released_figures(*RunFolder.open(tmp_path / "s" / "winner"))
+    assert found.released is not None and (0, found.released["auc"]) == max(scores)
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [
         "chosen.json",
         "selection.json",
@@ -250,9 +250,9 @@ def test_a_selection_keeps_the_best_trial_alone(
 def test_trials_under_test_noise_differ_as_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores: list[float] = []
+    scores: list[tuple[int, float]] = []
     real = selection._score
-    monkeypatch.setattr(selection, "_score", lambda run: scores.append(real(run)) or scores[-1])
+    monkeypatch.setattr(selection, "_score", lambda *run: scores.append(real(*run)) or scores[-1])
     monkeypatch.setattr(selection, "_drawn", lambda *_: [0, 0])
     chosen(tmp_path / "s", noise_seed=5)
     assert scores[0] != scores[1]
@@ -284,7 +284,7 @@ def test_an_interrupted_selection_keeps_its_draw(
     monkeypatch.setattr(
         selection,
         "_score",
-        lambda run: seen.append((run.path / "result.json").stat().st_mtime_ns) or 0.0,
+        lambda run, _: seen.append((run.path / "result.json").stat().st_mtime_ns) or (0, 0.0),
     )
     found = chosen(tmp_path / "s", noise_seed=5)
     assert len(seen) == 3 and seen[0] == before

@@ -19,6 +19,7 @@ from simulations.compare import compare, default_epsilons
 from simulations.comparison import over_seeds, paired, seed_figures, shown, worst_first
 from simulations.evaluation import Scores
 from simulations.hospitals import World, build_world, open_world, seeded_noise
+from simulations.measures import measures_of
 from simulations.tables import hospital_rows, render_table
 from simulations.worlds import Worlds
 from tests.unit.made_up import a_comparison
@@ -30,9 +31,14 @@ def wisconsin(**changes: object) -> Study:
     return load_study(EXAMPLES / "wisconsin.toml").revised(simulation__hospitals=3, **changes)
 
 
+STUDY = wisconsin()
+MEASURES = measures_of(STUDY)
+AUC = MEASURES[0]
+
+
 def scores(hospital: str, labels: list[int], positive: list[float]) -> Scores:
     second = np.array(positive)
-    return Scores(hospital, np.array(labels), np.stack([1 - second, second], axis=1))
+    return Scores(STUDY, hospital, np.array(labels), np.stack([1 - second, second], axis=1))
 
 
 def one_seed(*at: tuple[str, list[int], list[float]]):
@@ -46,7 +52,7 @@ def test_intervals_are_students_t_over_the_seeds() -> None:
         one_seed(("a", [0] * 20, [0.0] * round(20 * v) + [1.0] * round(20 * (1 - v))))
         for v in values
     ]
-    found = over_seeds(seeds).together.accuracy
+    found = over_seeds(seeds, MEASURES).together["accuracy"]
     low, high = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
     assert (found.mean, found.low, found.high) == pytest.approx((np.mean(values), low, high))
     assert found.count == 4
@@ -54,25 +60,25 @@ def test_intervals_are_students_t_over_the_seeds() -> None:
 
 def test_an_auc_that_does_not_exist_is_left_out_and_counted() -> None:
     both, single = ("a", [0, 1], [0.1, 0.9]), ("a", [0, 0], [0.1, 0.9])
-    figures = over_seeds([one_seed(both), one_seed(single)]).hospitals["a"]
-    assert (figures.auc.mean, figures.auc.count) == (1.0, 1)
-    assert shown(figures.auc, seeds=2) == "1.000 (1 of 2)"
-    assert figures.accuracy.count == 2
+    figures = over_seeds([one_seed(both), one_seed(single)], MEASURES).hospitals["a"]
+    assert (figures["auc"].mean, figures["auc"].count) == (1.0, 1)
+    assert shown(figures["auc"], seeds=2) == "1.000 (1 of 2)"
+    assert figures["accuracy"].count == 2
 
 
 def test_one_model_a_hospital_is_averaged_as_figures_never_as_mixed_scores() -> None:
     # Each model ranks perfectly, on scales of its own: mixing their scores would spoil the AUC.
     low = scores("a", [0, 1], [0.01, 0.02])
     high = scores("b", [0, 1], [0.98, 0.99])
-    assert seed_figures([low, high], [low, high]).auc == 1.0
+    assert seed_figures([low, high], [low, high]).together["auc"] == 1.0
 
 
 def test_mean_of_hospitals_counts_small_ones_alike() -> None:
     large = ("large", [0, 1] * 50, [0.1, 0.9] * 50)
     small = ("small", [0, 1], [0.9, 0.1])
-    figures = over_seeds([one_seed(large, small)])
-    assert figures.mean_of_hospitals.auc.mean == 0.5
-    assert (figures.worst_auc.hospital, figures.worst_auc.value.mean) == ("small", 0.0)
+    figures = over_seeds([one_seed(large, small)], MEASURES)
+    assert figures.mean_of_hospitals["auc"].mean == 0.5
+    assert (figures.worst["auc"].hospital, figures.worst["auc"].value.mean) == ("small", 0.0)
 
 
 def test_differences_are_taken_seed_by_seed() -> None:
@@ -88,7 +94,7 @@ def test_differences_are_taken_seed_by_seed() -> None:
             "federated": [at(0.5), at(0.7), at(1.0)],
             "alone": [at(0.4), at(0.6), at(0.9)],
         },
-    ).together.accuracy
+    ).together["accuracy"]
     assert found.mean == pytest.approx(0.1)
     assert found.high - found.low == pytest.approx(0, abs=1e-9)
 
@@ -101,9 +107,10 @@ def test_worst_hospital_comes_first_and_those_without_a_figure_last() -> None:
                 ("none", [0, 0], [0.1, 0.2]),
                 ("bad", [0, 1], [0.9, 0.1]),
             )
-        ]
+        ],
+        MEASURES,
     )
-    assert worst_first(figures, "auc") == ["bad", "good", "none"]
+    assert worst_first(figures, AUC) == ["bad", "good", "none"]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +242,7 @@ def test_json_writes_null_and_tables_a_dash_where_no_auc_exists() -> None:
         "high": None,
         "count": 0,
     }
-    last = next(row for row in hospital_rows(comparison, "auc").rows if row[0] == "tiny")
+    last = next(row for row in hospital_rows(comparison, AUC).rows if row[0] == "tiny")
     assert last[2:] == ("—", "—", "—", "—")
 
 

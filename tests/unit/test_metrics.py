@@ -124,7 +124,7 @@ def test_noise_alone_has_no_figure_or_one_within_bounds() -> None:
     assert math.isnan(accuracy_from_histogram(-np.ones((2, 4))))
     extreme = np.array([[9.0, -8.0], [-3.0, 5.0]])
     for figure in (auc_from_histogram, accuracy_from_histogram):
-        shown = noise_interval(extreme, 2.0, figure)
+        shown = noise_interval(extreme, 2.0, figure, bounds=(0.0, 1.0))
         assert 0 <= shown.low <= shown.mean <= shown.high <= 1
 
 
@@ -134,6 +134,6 @@ def test_the_noise_interval_covers_the_truth() -> None:
     exact, covered = auc_from_histogram(truth), 0
     for _ in range(60):
         noised = truth + generator.normal(0, 2.0, truth.shape)
-        interval = noise_interval(noised, 2.0, auc_from_histogram)
+        interval = noise_interval(noised, 2.0, auc_from_histogram, bounds=(0.0, 1.0))
         covered += interval.low <= exact <= interval.high
     assert covered >= 51  # 95 % of 60 is 57; a binomial falls below 51 once in a thousand

@@ -12,6 +12,8 @@ import pytest
 from matplotlib import image
 
 from common.learning.metrics import mean_interval
+from common.study import Study
+from common.tasks.classification import Classification
 from server.statement import privacy_statement
 from server.store import environment
 from simulations.comparison import CurvePoint
@@ -19,12 +21,20 @@ from simulations.plots import epsilon_plot, hospital_plot, round_plot
 from simulations.report import write_report
 from tests.unit.made_up import NASTY, a_comparison
 
+AUC = Classification("diagnosis", 2).measures[0]
 VOID = {"meta", "img"}
 
 
-def written(folder: Path, *, secret_noise: bool = True, seeds: int = 3, **changes: object) -> str:
+def written(
+    folder: Path,
+    *,
+    secret_noise: bool = True,
+    seeds: int = 3,
+    study: Study | None = None,
+    **changes: object,
+) -> str:
     """The report of the made-up comparison, with the files of its first run beside it."""
-    comparison = a_comparison(folder, seeds=seeds)
+    comparison = a_comparison(folder, seeds=seeds, study=study)
     study = comparison.study.revised(**changes)
     first = folder / "federated" / "seed-0"
     first.mkdir(parents=True)
@@ -75,7 +85,11 @@ class Page(HTMLParser):
 
 def test_pictures_are_drawn_not_blank_and_repeatable() -> None:
     comparison = a_comparison(Path())
-    drawn = (epsilon_plot(comparison), round_plot(comparison.curves), hospital_plot(comparison))
+    drawn = (
+        epsilon_plot(comparison),
+        round_plot(comparison.curves, AUC),
+        hospital_plot(comparison),
+    )
     for one in drawn:
         assert one is not None
         assert b"<svg" in one.svg
@@ -90,7 +104,7 @@ def test_nothing_to_draw_gives_no_picture() -> None:
 
     comparison = a_comparison(Path())
     assert epsilon_plot(replace(comparison, sweep=())) is None
-    assert round_plot({"finetune": (CurvePoint(1, mean_interval([float("nan")])),)}) is None
+    assert round_plot({"finetune": (CurvePoint(1, mean_interval([float("nan")])),)}, AUC) is None
 
 
 def test_one_seed_has_points_without_intervals(tmp_path: Path) -> None:
@@ -137,8 +151,8 @@ def test_the_report_holds_every_arm_and_hospital_escaped(tmp_path: Path) -> None
 def test_the_answer_comes_first_with_its_interval(tmp_path: Path) -> None:
     page = Page(written(tmp_path))
     answer = page.text[: page.text.index("What was asked")]
-    auc = a_comparison(tmp_path).arms["federated"].student.together.auc
-    assert f"an AUC of {auc.mean:.3f} (95 % interval {auc.low:.3f} to {auc.high:.3f})" in answer
+    auc = a_comparison(tmp_path).arms["federated"].student.together["auc"]
+    assert f"reaches AUC {auc.mean:.3f} (95 % interval {auc.low:.3f} to {auc.high:.3f})" in answer
     assert "1 without one" in answer  # tiny has no AUC
 
 
