@@ -8,6 +8,8 @@ from pydantic import Field, Tag
 
 from common.strict import Count, Strict, told_by_kind
 
+Setting = bool | int | float | str
+
 
 class MlpSpec(Strict):
     """Layers of plain numbers, for tables.
@@ -33,10 +35,27 @@ class CnnSpec(Strict):
     hidden: tuple[Count, ...] = Field(min_length=1)
 
 
-MODELS: tuple[type[MlpSpec | CnnSpec], ...] = (MlpSpec, CnnSpec)
+class OwnSpec(Strict):
+    """A network that somebody else wrote (docs/own-task.md).
+
+    ``family``: the entry point under which an installed package offers it, or, in a simulation,
+    ``module:object``. ``settings``: what it wants to know.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ("table", "image")
+
+    kind: Literal["own"]
+    family: str = Field(min_length=1)
+    settings: dict[str, Setting | tuple[Setting, ...]] = {}
+
+
+MODELS: tuple[type[MlpSpec | CnnSpec | OwnSpec], ...] = (MlpSpec, CnnSpec, OwnSpec)
 
 ModelSpec = Annotated[
-    Annotated[MlpSpec, Tag("mlp")] | Annotated[CnnSpec, Tag("cnn")], told_by_kind("mlp")
+    Annotated[MlpSpec, Tag("mlp")]
+    | Annotated[CnnSpec, Tag("cnn")]
+    | Annotated[OwnSpec, Tag("own")],
+    told_by_kind("mlp"),
 ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tomllib
 from functools import cached_property
 from pathlib import Path
@@ -249,6 +250,12 @@ class Study(Strict):
         if image and self.scaling != "ranges":
             raise ValueError(
                 f"scaling: expected 'ranges' for images (pixels have one), found {self.scaling!r}"
+            )
+        released = task_named(self.task, self.dictionary).release_shape(self.evaluation.bins)
+        if self.evaluation.epsilon is not None and not math.prod(released):
+            raise ValueError(
+                f"evaluation.epsilon: nothing of an evaluation leaves under task = {self.task!r}; "
+                f"leave it out"
             )
         if self.scaling == "public" and self.public.kind == "dictionary":
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from client.hospital import Hospital
 from common.errors import RunError, StudyError
+from common.plugins import OWN_CODE
 from common.privacy.units import Trust
 from common.study import Study
 from server.conduct import Progress
@@ -177,6 +179,7 @@ def _open(path: Path, run: ArmRun, data_folder: Path, noise_seed: int | None) ->
                 "data_folder": str(data_folder.resolve()),
                 "noise_seed": noise_seed,
                 "engine": "stacked",
+                "code_folder": os.environ.get(OWN_CODE, ""),
             },
         )
     return folder

@@ -36,6 +36,7 @@ from simulations.options import (
     announce,
     emit,
     load,
+    use_code_of,
 )
 from simulations.sweep_cli import sweep
 
@@ -124,6 +125,7 @@ def resume(context: typer.Context, run: RunArgument, as_json: JsonOption = False
     from simulations.display import live_progress
     from simulations.simulate import resume as resume_run
 
+    use_code_of(run)
     with live_progress(quiet=as_json) as watch:
         folder = resume_run(run, watch, debug=context.obj["debug"])
         run_twin(folder.path, watch, debug=context.obj["debug"])

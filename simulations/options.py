@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from common.errors import StudyError
+from common.plugins import allow_code_in
 from common.study import Study, load_study
 
 StudyArgument = Annotated[Path, typer.Argument(help="The study file (TOML).", show_default=False)]
@@ -30,12 +31,22 @@ ReplaceOption = Annotated[bool, typer.Option("--replace", help="Start over in a 
 
 def load(path: Path, seed: int | None) -> Study:
     """The study, with another seed if one is given. Raises StudyError."""
+    allow_code_in(path.parent)
     loaded = load_study(path)
     if seed is not None:
         if seed < 0:
             raise StudyError(f"--seed: expected a number of at least 0, found {seed}")
         loaded = loaded.revised(seed=seed)
     return loaded
+
+
+def use_code_of(run: Path) -> None:
+    """Let the run's study name the code it was made with, if it named any."""
+    try:
+        folder = json.loads((run / "simulation.json").read_text())["code_folder"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    allow_code_in(Path(folder))
 
 
 def announce(study: Study, path: Path, *, quiet: bool) -> None:

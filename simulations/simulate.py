@@ -14,6 +14,7 @@ from flwr.app import Context, Message, RecordDict
 from client.app import build_client_app
 from client.hospital import Hospital
 from common.errors import RunError, StudyError, nearest
+from common.plugins import OWN_CODE
 from common.randomness import NoiseSource, SecretNoise
 from common.study import Study
 from common.tables import Table
@@ -104,6 +105,7 @@ def simulate(
         "noise_seed": noise_seed,
         "engine": "stacked" if engine == "auto" else engine,
         "memory_bytes": memory_bytes,
+        "code_folder": os.environ.get(OWN_CODE, ""),
     }
     run.write_json("simulation.json", settings)
     _conduct(world, run, watch, settings, debug=debug)

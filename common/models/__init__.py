@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from common.features import FeatureMap
-from common.models.families import FAMILIES
+from common.models.families import family_of
 from common.models.networks import Student, Teacher
 from common.modelspec import MlpSpec
 from common.study import Study
@@ -27,7 +27,7 @@ __all__ = [
 def build_teacher(study: Study, features: FeatureMap) -> Teacher:
     """The teacher at its random start, the same for everyone with the study's seed."""
     spec = study.teacher
-    encoder, width = FAMILIES[spec.kind].encoder(spec, features)
+    encoder, width = family_of(spec).encoder(spec, features)
     skip = features.width if isinstance(spec, MlpSpec) and spec.skip else 0
     teacher = Teacher(encoder, width=width, skip=skip, outputs=task_of(study).outputs)
     initialise(teacher, seed=study.seed)
@@ -37,7 +37,7 @@ def build_teacher(study: Study, features: FeatureMap) -> Teacher:
 
 def build_student(study: Study, features: FeatureMap) -> Student:
     """The student at its random start."""
-    network = FAMILIES[study.student.kind].student(study.student, features, task_of(study).outputs)
+    network = family_of(study.student).student(study.student, features, task_of(study).outputs)
     student = Student(network)
     initialise(student, seed=study.seed + 1)
     return student

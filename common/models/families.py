@@ -8,8 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from common import plugins
+from common.errors import StudyError
 from common.features import FeatureMap
 from common.models.networks import image_encoder, image_student, table_encoder
+from common.modelspec import ModelSpec, OwnSpec
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,18 @@ def _cnn_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:
     return image_student(features.image_shape, spec.hidden, outputs)
 
 
-FAMILIES: Mapping[str, Family] = {
+_FAMILIES: Mapping[str, Family] = {
     "mlp": Family(_mlp_encoder, _mlp_student),
     "cnn": Family(_cnn_encoder, _cnn_student),
 }
+
+
+def family_of(spec: ModelSpec) -> Family:
+    """How this kind of network is built. Raises StudyError where somebody else's cannot be had."""
+    if not isinstance(spec, OwnSpec):
+        return _FAMILIES[spec.kind]
+    try:
+        family: Family = plugins.found(plugins.MODELS_GROUP, spec.family, Family)
+    except ValueError as error:
+        raise StudyError(f"family = {error}") from None
+    return family

@@ -6,15 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from common import plugins
 from common.dictionary import Dictionary
 from common.errors import nearest
 from common.tasks.classification import classification
-from common.tasks.task import Floats, Measure, Task
+from common.tasks.task import Floats, Measure, Task, Unreleased
 
 if TYPE_CHECKING:
     from common.study import Study
 
-__all__ = ["TASKS", "Entry", "Floats", "Measure", "Task", "task_named", "task_of"]
+__all__ = ["TASKS", "Entry", "Floats", "Measure", "Task", "Unreleased", "task_named", "task_of"]
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,7 @@ def task_named(name: str, dictionary: Dictionary) -> Task:
     Raises ValueError, in one line, for an unknown name (naming the nearest) or another dictionary
     (naming the tasks that fit it).
     """
-    if name not in TASKS:
-        raise ValueError(f"task: unknown task {name!r}; {nearest(name, TASKS)}")
-    entry = TASKS[name]
+    entry = _entry(name)
     for what, wanted, found in (
         ("records of kind", entry.modalities, dictionary.modality),
         ("dictionary.label.kind", entry.outcomes, dictionary.label.kind),
@@ -57,6 +56,19 @@ def task_named(name: str, dictionary: Dictionary) -> Task:
                 f"task = {name!r}: expected {what} {' or '.join(wanted)}, found {found}; {advice}"
             )
     return entry.make(name, dictionary)
+
+
+def _entry(name: str) -> Entry:
+    if name in TASKS:
+        return TASKS[name]
+    others = plugins.installed(plugins.TASKS_GROUP)
+    if ":" not in name and name not in others:
+        raise ValueError(f"task: unknown task {name!r}; {nearest(name, [*TASKS, *others])}")
+    try:
+        entry: Entry = plugins.found(plugins.TASKS_GROUP, name, Entry)
+    except ValueError as error:
+        raise ValueError(f"task = {error}") from None
+    return entry
 
 
 def task_of(study: Study) -> Task:

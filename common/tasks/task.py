@@ -29,6 +29,28 @@ class Measure:
     needs: str = ""
 
 
+class Unreleased:
+    """The part of a task whose evaluation never leaves a hospital: see the same in ``Task``."""
+
+    def contributions(
+        self,
+        labels: NDArray[Any],  # noqa: ARG002
+        predictions: Floats,  # noqa: ARG002
+        owners: NDArray[np.int64],
+        bins: int,  # noqa: ARG002
+    ) -> Floats:
+        """Nothing."""
+        return np.zeros((int(owners.max()) + 1 if len(owners) else 0, 0))
+
+    def release_shape(self, bins: int) -> tuple[int, int]:  # noqa: ARG002
+        """Nothing."""
+        return 0, 0
+
+    def released_figures(self, counts: Floats) -> dict[str, float]:  # noqa: ARG002
+        """None."""
+        return {}
+
+
 class Task(Protocol):
     """Everything the pipeline needs to know of a medical question, asked of one dictionary.
 
