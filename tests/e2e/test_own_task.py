@@ -56,7 +56,7 @@ def test_the_page_works_as_it_stands(folder: Path) -> None:
     figures = json.loads(done.stdout)["all"]["student"]
     assert set(figures) == {"pinball", "below"}
     assert 0.7 < figures["below"] < 1.0  # nine in ten were asked for
-    # The same level for everybody, even the best one, would cost more: the columns were learned from.
+    # One level for everybody, even the best one, costs more: the columns were learned from.
     known = pd.read_csv(folder / "diabetes.csv")["progression"]
     short = known - known.quantile(0.9)
     assert figures["pinball"] < 0.95 * np.maximum(0.9 * short, -0.1 * short).mean()
