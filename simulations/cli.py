@@ -237,6 +237,8 @@ def bench(
     if name not in BENCHES:
         raise ConsiliumError(f"unknown benchmark {name!r}; {nearest(name, BENCHES)}")
     figures = BENCHES[name](data)
+    if figures is None:
+        raise ConsiliumError(f"{name}: its data are not below {data}; name their folder by --data")
     emit(as_json, figures, json.dumps(figures, indent=2))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,7 @@ _NON_PRIVATE: dict[str, Any] = {
 }
 
 
-def accuracy(data_folder: Path) -> dict[str, Any]:
-    """The bars' figures: ``wisconsin`` always, ``heart`` where its files are found."""
-    folder = find_folder(data_folder, "heart", "processed.cleveland.data")
-    return {"wisconsin": wisconsin(), "heart": heart(folder) if folder else None}
-
-
-def wisconsin() -> dict[str, Any]:
+def wisconsin(_: Path) -> dict[str, Any]:
     """AUC of the student over all hospitals' test patients; one quarter tested, per seed."""
     study = load_study(EXAMPLES / "wisconsin.toml").revised(evaluation__epsilon=None)
     arms: dict[str, dict[str, Any]] = {
@@ -50,8 +45,11 @@ def wisconsin() -> dict[str, Any]:
     )
 
 
-def heart(folder: Path) -> dict[str, Any]:
+def heart(data_folder: Path) -> dict[str, Any] | None:
     """Mean of the four hospitals' accuracy under 5-fold cross-validation, per seed."""
+    folder = find_folder(data_folder, "heart", "processed.cleveland.data")
+    if folder is None:
+        return None
     study = load_study(EXAMPLES / "heart.toml")
     arms: dict[str, dict[str, Any]] = {
         "nonprivate_acc_mean4": _NON_PRIVATE,
@@ -101,3 +99,15 @@ def figures(values: dict[str, list[float]]) -> dict[str, Any]:
         rows[f"{key}_ci"] = [interval.low, interval.high]
     rows["seeds"] = list(SEEDS)
     return rows
+
+
+# One row for each kind of data; None where its files are not found.
+ROWS: dict[str, Callable[[Path], dict[str, Any] | None]] = {
+    "wisconsin": wisconsin,
+    "heart": heart,
+}
+
+
+def accuracy(data_folder: Path) -> dict[str, Any]:
+    """The bars' figures, row by row."""
+    return {name: row(data_folder) for name, row in ROWS.items()}
