@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -76,9 +75,8 @@ class SelfAttention(nn.Module):
             return answer.reshape(rows, positions, self.heads, -1).transpose(1, 2)
 
         query, key, value = split(self.query), split(self.key), split(self.value)
-        weights = torch.softmax(query @ key.mT / math.sqrt(query.shape[-1]), dim=-1)
-        mixed = (weights @ value).transpose(1, 2).reshape(rows, positions, width)
-        return self.out(mixed)  # type: ignore[no-any-return]
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.out(mixed.transpose(1, 2).reshape(rows, positions, width))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
