@@ -15,9 +15,10 @@ from pathlib import Path
 from client.approvals import approved_study, study_folders
 from client.describe import decision_of
 from client.hospital import own_records
-from client.hospitalfile import PAUSED, HospitalFile, load_hospital_file
+from client.hospitalfile import HospitalFile, load_hospital_file
 from client.link import Coordinator, connect
 from client.linkfolder import LinkFolder, days_left, mutual_context
+from client.running import PAUSED
 from client.safe import Safe, open_safe
 from client.visits import LARGEST_OFFSET_S, Dial
 from common.auditlog import utc_now, verify_log

@@ -26,7 +26,7 @@ from types import FrameType
 from client.budget import budget_report
 from client.check import ESSENTIAL, Examination
 from client.health import AuditTally, Vitals, health_endpoint
-from client.hospitalfile import PAUSED, load_hospital_file
+from client.hospitalfile import load_hospital_file
 from client.linkfolder import (
     LinkFolder,
     days_left,
@@ -34,6 +34,7 @@ from client.linkfolder import (
     node_key,
     write_memory_file,
 )
+from client.running import PAUSED, lock_of
 from client.safe import SafeFolder, open_safe
 from client.services import (
     RUNNER,
@@ -48,7 +49,7 @@ from client.tunnel import listen
 from client.visits import Visitor
 from common.auditlog import utc_now
 from common.errors import ConsiliumError, RunError
-from common.instance import running_instance, single_instance
+from common.instance import single_instance
 from common.jsonlog import JsonLog
 from common.secretfiles import WrappingKey, replace_file
 from common.supervise import Event, Service, Supervisor
@@ -323,44 +324,3 @@ class Daemon:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def running_daemon(folder: Path) -> int | None:
-    """The process id of the folder's daemon; None when none runs."""
-    return running_instance(lock_of(folder))
-
-
-def lock_of(folder: Path) -> Path:
-    """The file that the folder's daemon holds locked."""
-    return folder / "run" / "daemon.lock"
-
-
-def stop_daemon(folder: Path, *, wait_s: float, at_once: bool = False) -> bool:
-    """End the folder's daemon; whether there was one. Raises RunError when it does not end."""
-    pid = running_daemon(folder)
-    if pid is None:
-        return False
-    for _ in range(2 if at_once else 1):
-        os.kill(pid, signal.SIGTERM)
-        time.sleep(_POLL_S)
-    deadline = time.monotonic() + wait_s
-    while running_daemon(folder) == pid:
-        if time.monotonic() > deadline:
-            raise RunError(
-                f"{folder}: the daemon (process {pid}) still finishes a message after "
-                f"{wait_s:.0f} s; wait, or `consilium hospital stop --now`"
-            )
-        time.sleep(_POLL_S)
-    return True
-
-
-def daemon_state(folder: Path) -> Vitals | None:
-    """What the running daemon last said of itself; None when none runs."""
-    if running_daemon(folder) is None:
-        return None
-    try:
-        facts = json.loads((folder / "run" / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return Vitals()
-    facts.pop("pid", None)
-    return Vitals(**facts)

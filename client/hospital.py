@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from client.approvals import approved_study, laid_out_study
 from client.guard import Guard, LedgerGuard, MemoryGuard
-from client.hospitalfile import PAUSED, HospitalFile, load_hospital_file
+from client.hospitalfile import HospitalFile, load_hospital_file
+from client.running import PAUSED
 from client.safe import DATES_PURPOSE, Safe, open_safe
 from client.sources.reading import read_records
 from common.errors import DataError, RefusalError

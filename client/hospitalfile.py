@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -14,10 +14,11 @@ from common.enrolment import HospitalName
 from common.errors import DataError
 from common.secretfiles import replace_file
 from common.strict import Strict, parse_strict
-from common.study import Study
+
+if TYPE_CHECKING:
+    from common.study import Study
 
 FILE_NAME = "hospital.toml"
-PAUSED = "paused"  # while a file of this name lies in a hospital's folder, it answers no round
 
 _TEMPLATE = """\
 # This hospital's data and public facts. Fill in and uncomment; `consilium hospital check` helps.

@@ -107,7 +107,7 @@ def stop(
     as_json: AsJson = False,
 ) -> None:
     """Stop the daemon."""
-    from client.daemon import stop_daemon
+    from client.running import stop_daemon
 
     was_running = stop_daemon(folder, wait_s=wait, at_once=now)
     show({"stopped": was_running}, as_json, "Stopped." if was_running else "It was not running.")
@@ -116,8 +116,7 @@ def stop(
 @operate_app.command(epilog="Example: consilium hospital status --json")
 def status(folder: Folder = Path(), as_json: AsJson = False) -> None:
     """Say how the daemon is doing. Exits with code 2 when it is not running or not well."""
-    from client.daemon import daemon_state
-    from client.hospitalfile import PAUSED
+    from client.running import PAUSED, daemon_state
 
     found = daemon_state(folder)
     paused = (folder / PAUSED).exists()
@@ -141,7 +140,7 @@ def status(folder: Folder = Path(), as_json: AsJson = False) -> None:
 @operate_app.command(epilog="Example: consilium hospital pause --folder /srv/consilium")
 def pause(folder: Folder = Path(), as_json: AsJson = False) -> None:
     """Answer no round until `resume`; the coordinator learns the rule hospital.paused."""
-    from client.hospitalfile import PAUSED
+    from client.running import PAUSED
     from common.secretfiles import replace_file
 
     replace_file(folder / PAUSED, b"")
@@ -151,7 +150,7 @@ def pause(folder: Folder = Path(), as_json: AsJson = False) -> None:
 @operate_app.command(epilog="Example: consilium hospital resume --folder /srv/consilium")
 def resume(folder: Folder = Path(), as_json: AsJson = False) -> None:
     """Answer rounds again."""
-    from client.hospitalfile import PAUSED
+    from client.running import PAUSED
 
     (folder / PAUSED).unlink(missing_ok=True)
     show({"paused": False}, as_json, "Rounds are answered again.")

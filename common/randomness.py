@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -105,6 +104,8 @@ def normal_blocks(
 
 def _box_muller(words: NDArray[np.uint64], into: NDArray[np.float64]) -> None:
     """Fill ``into`` [k, 2 n] with normals made from ``words`` [k, 2 n], which are used up."""
+    import torch  # noqa: PLC0415 (a key is made, and a folder opened, without it)
+
     pairs = words.shape[1] // 2
     _integers(words, into)
     radius, angle = into[:, :pairs], into[:, pairs:]

@@ -25,7 +25,6 @@ from common.scenario import check_scenario, column_named
 from common.simulation import SimulationSpec
 from common.sources import TableSource
 from common.strict import Count, Fraction, Positive, Strict, parse_strict
-from common.tasks import task_named
 
 # TOML carries words, the code carries types; strict mode would refuse the conversion.
 UnitField = Annotated[PrivacyUnit, Field(strict=False)]
@@ -234,7 +233,9 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        task_named(self.task, self.dictionary)
+        from common.tasks import task_named  # noqa: PLC0415 (torch: only who reads a study needs it)
+
+        task = task_named(self.task, self.dictionary)
         modality = self.dictionary.modality
         image = modality == "image"
         for role, spec in (("teacher", self.teacher), ("student", self.student)):
@@ -251,7 +252,7 @@ class Study(Strict):
             raise ValueError(
                 f"scaling: expected 'ranges' for images (pixels have one), found {self.scaling!r}"
             )
-        released = task_named(self.task, self.dictionary).release_shape(self.evaluation.bins)
+        released = task.release_shape(self.evaluation.bins)
         if self.evaluation.epsilon is not None and not math.prod(released):
             raise ValueError(
                 f"evaluation.epsilon: nothing of an evaluation leaves under task = {self.task!r}; "

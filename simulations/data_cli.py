@@ -11,7 +11,6 @@ import typer
 from rich.console import Console
 
 from common.errors import DataError
-from common.study import load_study
 
 data_app = typer.Typer(
     no_args_is_help=True,
@@ -35,6 +34,7 @@ def data_check(
 ) -> None:
     """Report how each column was read, what did not fit and what to do; nothing is sent."""
     from client.datacheck import check_own, report_tables
+    from common.study import load_study
     from simulations.describe import check_data
 
     loaded = load_study(study)
@@ -56,6 +56,7 @@ def data_preview(
 ) -> None:
     """Show a hospital's first records as a model would see them, on this terminal only."""
     from client.datacheck import preview_own
+    from common.study import load_study
 
     if not sys.stdout.isatty():
         raise DataError(

@@ -6,13 +6,15 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from common.errors import StudyError
 from common.plugins import allow_code_in
-from common.study import Study, load_study
+
+if TYPE_CHECKING:
+    from common.study import Study
 
 StudyArgument = Annotated[Path, typer.Argument(help="The study file (TOML).", show_default=False)]
 RunArgument = Annotated[Path, typer.Argument(help="The run folder.", show_default=False)]
@@ -31,6 +33,8 @@ ReplaceOption = Annotated[bool, typer.Option("--replace", help="Start over in a 
 
 def load(path: Path, seed: int | None) -> Study:
     """The study, with another seed if one is given. Raises StudyError."""
+    from common.study import load_study  # noqa: PLC0415 (torch takes a second)
+
     allow_code_in(path.parent)
     loaded = load_study(path)
     if seed is not None:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
-from sklearn.metrics import roc_auc_score
 
 Floats = NDArray[np.float64]
 Bounds = tuple[float | None, float | None]
@@ -31,6 +29,8 @@ def auc(labels: NDArray[np.int64], probabilities: Floats) -> float:
 
     NaN when only one class is present: the area does not exist there.
     """
+    from sklearn.metrics import roc_auc_score  # noqa: PLC0415 (takes a second)
+
     present = np.unique(labels)
     if len(present) < 2:
         return math.nan
@@ -57,6 +57,8 @@ def mean_interval(values: Sequence[float]) -> Interval:
     mean = float(known.mean())
     if len(known) == 1:
         return Interval(mean, math.nan, math.nan, 1)
+    from scipy import stats  # noqa: PLC0415 (takes a second)
+
     half = float(stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / math.sqrt(len(known)))
     return Interval(round(mean, 12), mean - half, mean + half, len(known))
 

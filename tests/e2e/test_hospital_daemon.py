@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import tomli_w
 
-from client.daemon import daemon_state, lock_of, running_daemon, stop_daemon
 from client.link import join
 from client.linkfolder import LinkFolder
+from client.running import daemon_state, lock_of, running_daemon, stop_daemon
 from client.safe import create_safe
 from common.enrolment import Offered
 from common.errors import RunError

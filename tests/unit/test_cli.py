@@ -245,3 +245,52 @@ def test_interrupt_then_resume_gives_the_uninterrupted_result(
         assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
     statement = (cut / "PRIVACY.md").read_text()
     assert "No privacy guarantee" in statement
+
+
+STARTS_AT_ONCE = """
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from simulations.cli import main
+
+folder = Path(sys.argv[1])
+hospital, desk = str(folder / "hospital"), str(folder / "desk")
+code = folder / "code"
+code.write_text("not a code")
+for command in (
+    ("hospital", "--help"),
+    ("hospital", "join", "--file", str(code), "--folder", hospital),
+    ("hospital", "status", "--folder", hospital),
+    ("hospital", "pause", "--folder", hospital),
+    ("hospital", "resume", "--folder", hospital),
+    ("hospital", "stop", "--folder", hospital),
+    ("coordinator", "init", desk, "--host", "192.0.2.1"),
+    ("coordinator", "status", "--folder", desk),
+    ("coordinator", "enroll", "north", "--folder", desk),
+    ("coordinator", "hospitals", "--folder", desk),
+    ("coordinator", "stop", "--folder", desk),
+    ("simulate", "--help"),
+):
+    sys.argv = ["consilium", *command]
+    with suppress(SystemExit):
+        main()
+    heavy = {"torch", "flwr", "sklearn", "pandas", "ray", "matplotlib"} & sys.modules.keys()
+    assert not heavy, (command, heavy)
+import client.link, client.safe  # what a join with a good code runs
+heavy = {"torch", "flwr", "sklearn", "pandas"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+
+
+def test_what_only_asks_loads_nothing_that_computes(tmp_path: Path) -> None:
+    (tmp_path / "hospital").mkdir(mode=0o700)
+    done = subprocess.run(
+        [sys.executable, "-c", STARTS_AT_ONCE, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "desk").is_dir()  # commands did run
