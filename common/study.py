@@ -266,11 +266,19 @@ class Study(Strict):
             raise ValueError(
                 "public.kind = 'dictionary' cannot draw images: set 'held_apart' or 'file'"
             )
-        if self.scaling == "private" and not any(
-            column.kind == "numeric" for column in self.dictionary.columns
+        columns = self.dictionary.columns
+        keeping = [column.name for column in columns if column.keep is not None]
+        if self.scaling == "private" and not (
+            keeping or any(column.kind == "numeric" for column in columns)
         ):
             raise ValueError(
-                "scaling = 'private' needs a numeric column to scale; did you mean 'ranges'?"
+                "scaling = 'private' needs a numeric column to scale, or a code column that keeps "
+                "some of its buckets; did you mean 'ranges'?"
+            )
+        if keeping and self.scaling == "ranges":
+            raise ValueError(
+                f"dictionary.columns: {keeping[0]!r} keeps its most frequent codes, which must be "
+                f"found: set scaling = 'private' or 'public', or leave keep out"
             )
         for stage, optimiser, private in (
             ("finetune", self.finetune.optimiser, True),

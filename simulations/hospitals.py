@@ -246,7 +246,9 @@ def _write_table(table: Table, folder: Path) -> dict[str, Any]:
 def _cell(column: Column, value: Any) -> Any:
     if column.kind == "numeric":
         return "" if np.isnan(value) else repr(float(value))
-    return "" if value < 0 else column.categories[value]
+    if value < 0:
+        return ""
+    return f"#{value}" if column.kind == "code" else column.categories[value]
 
 
 def _key(stream: Stream) -> bytes:

@@ -79,7 +79,7 @@ def _cells(column: Column, rows: int, generator: np.random.Generator) -> NDArray
     if column.kind == "image":
         assert column.shape is not None  # noqa: S101  (the dictionary refuses it otherwise)
         return generator.random((rows, *column.shape), dtype=np.float32)
-    return generator.integers(0, len(column.categories), rows)
+    return generator.integers(0, column.buckets or len(column.categories), rows)
 
 
 def _labels(label: Any, rows: int, generator: np.random.Generator) -> NDArray[Any]:

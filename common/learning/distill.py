@@ -79,6 +79,11 @@ def records_from_dictionary(
             block = torch.randn(rows, 1, generator=generator).clamp(-2, 2)
         elif column.kind == "binary":
             block = torch.randint(2, (rows, 1), generator=generator).float() - 0.5
+        elif column.kind == "code":
+            width = column.keep or column.buckets or 0
+            # One place more than there are: a code that is not kept is all zeros.
+            choice = torch.randint(width + 1, (rows,), generator=generator)
+            block = torch.eye(width + 1)[choice][:, :width]
         else:
             choice = torch.randint(len(column.categories), (rows,), generator=generator)
             block = torch.eye(len(column.categories))[choice]
