@@ -23,7 +23,7 @@ from common.privacy.units import PrivacyUnit, Relation
 from common.randomness import SeededNoise, Stream
 from common.study import AugmentSpec, Study, load_study
 from common.tensors import get_vector
-from simulations.bench.accuracy import EXAMPLES
+from simulations.bench.trained import EXAMPLES
 from tests.unit.zoo import loss
 
 VIEWS = 5

@@ -15,7 +15,7 @@ from common.models.attention import VisionTransformer, patches, place_codes
 from common.models.checks import check_private, check_records_apart
 from common.study import Study, load_study
 from common.tensors import get_vector
-from simulations.bench.accuracy import EXAMPLES
+from simulations.bench.trained import EXAMPLES
 
 
 def vit(shape: tuple[int, int] = (8, 8), patch: int = 4) -> VisionTransformer:
