@@ -153,7 +153,7 @@ def conduct(
     public = public_inputs(study, features, corpus)
     teacher, student = build_teacher(study, features), build_student(study, features)
     facts: dict[str, Any] = dict(done.facts) if done else {}
-    facts.pop("tail_count", None)
+    facts.pop("average_weight", None)
     facts |= {
         "teacher_parameters": count_parameters(teacher),
         "student_parameters": count_parameters(student),
@@ -338,9 +338,9 @@ def _checkpoint(
             "rule/weights": state.weights,
             "rule/first": state.first,
             "rule/second": state.second,
-            "rule/tail_sum": state.tail_sum,
+            "rule/average_sum": state.average_sum,
         }
-        facts["tail_count"] = state.tail_count
+        facts["average_weight"] = state.average_weight
     return Checkpoint(stage, number, tensors, facts)
 
 
@@ -350,8 +350,8 @@ def _rule_state(done: Checkpoint) -> rules.RuleState:
         rule["weights"],
         rule["first"],
         rule["second"],
-        rule["tail_sum"],
-        int(done.facts["tail_count"]),
+        rule["average_sum"],
+        float(done.facts["average_weight"]),
     )
 
 

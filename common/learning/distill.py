@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.dictionary import Dictionary
 from common.features import FeatureMap
+from common.learning.augment import DRAWS, augmented
 from common.learning.gradients import batch_gradient
 from common.learning.loop import run
 from common.models import Student, Teacher
@@ -31,6 +32,9 @@ def distill_publicly(study: Study, teacher: Teacher, student: Student, corpus: T
 
     def objective() -> Tensor:
         batch = mixtures(corpus, spec.batch, generator)
+        if spec.augment is not None:
+            draws = torch.rand(len(batch), DRAWS, generator=generator)
+            batch = augmented(batch, draws, spec.augment)
         with torch.no_grad():
             taught = teacher(batch)
         return task.distill_loss(student(batch), taught, spec.temperature).mean()

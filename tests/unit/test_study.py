@@ -318,8 +318,8 @@ _VARIANTS: list[Tree] = [
 @pytest.mark.parametrize("changes", _VARIANTS, ids=lambda one: ",".join(one))
 def test_every_variant_round_trips(examples: list[Path], changes: Tree) -> None:
     for path in examples:
-        if path.stem == "pneumonia" and "scaling" in changes:
-            continue  # images have no scaling to estimate
+        if path.stem == "pneumonia" and changes.keys() & {"scaling", "federation__rule"}:
+            continue  # images have no scaling to estimate; secure sums rule out single updates
         if path.stem == "diabetes" and changes.keys() & {
             "privacy__unit",
             "scaling",

@@ -8,6 +8,7 @@ import torch
 from opacus.layers import DPMultiheadAttention
 from torch import Tensor, nn
 
+from common.models.attention import VisionTransformer
 from common.models.lora import add_lora
 
 ROWS = 6
@@ -268,6 +269,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "attention": (Attention, sequences),
     "opacus attention": (OpacusAttention, sequences),
     "lora": (lora, sequences),
+    "vision transformer": (
+        lambda: nn.Sequential(
+            VisionTransformer((6, 8), patch=4, width=8, depth=2, heads=2), nn.Linear(8, 3)
+        ),
+        lambda: torch.randn(ROWS, 1, 6, 8),
+    ),
     "layer used thrice": (Recurrent, vectors),
     "idle layers": (PartlyUsed, vectors),
     "constant buffer": (PositionTable, sequences),
