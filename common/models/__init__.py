@@ -28,7 +28,7 @@ def build_teacher(study: Study, features: FeatureMap) -> Teacher:
     """The teacher at its random start, the same for everyone with the study's seed."""
     spec = study.teacher
     encoder, width = family_of(spec).encoder(spec, features)
-    skip = features.width if isinstance(spec, MlpSpec) and spec.skip else 0
+    skip = features.numbers if isinstance(spec, MlpSpec) and spec.skip else 0
     teacher = Teacher(encoder, width=width, skip=skip, outputs=task_of(study).outputs)
     initialise(teacher, seed=study.seed)
     nn.init.zeros_(teacher.head.weight)  # before the first patient, no opinion
