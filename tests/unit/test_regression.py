@@ -131,7 +131,7 @@ def test_a_released_evaluation_of_numbers_leaves_with_noise(
     run = simulate(study, tmp_path / "run", tmp_path, lambda _: None, noise_seed=0)
     released = RunFolder(run.path).read_json("result.json")["evaluation"]
     assert len(released) == 3
-    assert all(np.array(one["histogram"]).shape == (1, 4) for one in released)
+    assert all(np.array(one["counts"]).shape == (1, 4) for one in released)
 
 
 def test_a_task_of_numbers_wants_a_number() -> None:
