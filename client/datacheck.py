@@ -86,6 +86,8 @@ def cell_text(column: Column, value: Any) -> str:
     """One value as the study means it; a dot where it is missing."""
     if column.kind == "numeric":
         return "·" if np.isnan(value) else f"{float(value):.6g}"
+    if column.kind == "molecule":
+        return str(value.decode()) or "·"
     if value < 0:
         return "·"
     return f"#{value}" if column.kind == "code" else str(column.categories[int(value)])

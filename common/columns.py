@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from common.dictionary import Column
 from common.errors import DataError
+from common.molecules import LONGEST, atom_count, check_rdkit, compound
 from common.sources import ColumnMapping
 from common.units import Conversion, conversion
 
@@ -263,12 +264,45 @@ def bucket_of(column: Column, code: str) -> int:
     return int.from_bytes(digest[:8], "big") % column.buckets
 
 
+class MoleculeReading:
+    """Compounds as canonical SMILES (bytes; see ``molecules.compound``), empty where unreadable.
+
+    ``unmapped`` counts what is no structure, ``out_of_range`` what has more atoms than its graph.
+    """
+
+    def __init__(self, column: Column, mapping: ColumnMapping) -> None:
+        check_rdkit()
+        self._column, self._mapping, self._counts = column, mapping, Counts()
+        self._absent = {key_of(code) for code in column.missing} | absent_words(mapping)
+        self.names = (column.name,)
+
+    def read(self, *cells: NDArray[Any]) -> NDArray[np.bytes_]:
+        """Text, each different one parsed once."""
+        codes, keys = keys_of(cells[0])
+        found = ["" if key in self._absent else compound(key) for key in keys]
+        unread = np.array([not one for one in found], bool)
+        odd = unread & np.array([key not in self._absent for key in keys], bool)
+        large = np.array([0 < self._column.atoms < atom_count(one) for one in found], bool)
+        counts = self._counts
+        if keys:
+            counts.missing += int(unread[codes].sum())
+            counts.unmapped += int(odd[codes].sum())
+            counts.out_of_range += int(large[codes].sum())
+            counts.add_examples({key for key, is_odd in zip(keys, odd, strict=True) if is_odd})
+        return np.array(found, dtype=f"S{LONGEST}")[codes] if keys else np.empty(0, f"S{LONGEST}")
+
+    def report(self) -> ColumnReport:
+        """Counts over all chunks."""
+        return self._counts.report(self._column, self._mapping)
+
+
 KINDS: dict[str, Callable[[Column, ColumnMapping], Reading]] = {
     "numeric": NumericReading,
     "binary": CategoryReading,
     "categorical": CategoryReading,
     "image": ImageReading,
     "code": CodeReading,
+    "molecule": MoleculeReading,
 }
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from common.dictionary import Column, Dictionary
 from common.errors import MessageError
+from common.molecules import Layout
 from common.tables import Table
 
 # Inputs are held within this many standard deviations, so that one implausible value cannot
@@ -195,8 +196,8 @@ class FeatureMap:
 
     A numeric column gives its scaled value (0 where missing); a binary one ±0.5 (0 where missing);
     a categorical one its one-hot code (zeros where missing), a code that of its bucket (zeros for
-    buckets that are not kept). Each optional column adds an
-    indicator that is 1 where the value is missing. An image gives [1, height, width] in [-1, 1].
+    buckets that are not kept). Each optional column adds an indicator that is 1 where the value is
+    missing. An image gives [1, height, width] in [-1, 1], a molecule what its ``Layout`` says.
     """
 
     dictionary: Dictionary
@@ -207,8 +208,17 @@ class FeatureMap:
         """Height and width for images, None for tables."""
         return self.dictionary.image_shape
 
+    @property
+    def molecule(self) -> Layout | None:
+        """Where a molecule's inputs lie; None for other records."""
+        column = self.dictionary.columns[0]
+        return Layout(column.bits, column.atoms) if column.kind == "molecule" else None
+
     def groups(self) -> list[slice]:
-        """The input positions of each column, in order; masking hides whole columns."""
+        """The input positions of each column, in order; masking hides whole columns. Of a molecule
+        each number before its graph stands for itself."""
+        if self.molecule is not None:
+            return [slice(one, one + 1) for one in range(self.molecule.numbers)]
         slices, start = [], 0
         for column in self.dictionary.columns:
             width = _width(column)
@@ -217,8 +227,16 @@ class FeatureMap:
         return slices
 
     @property
+    def numbers(self) -> int:
+        """How many of a record's inputs, the first, mean something by themselves: all of a
+        table's, a molecule's without its graph."""
+        return self.width if self.molecule is None else self.molecule.numbers
+
+    @property
     def width(self) -> int:
-        """Number of inputs of a record (tables)."""
+        """Number of inputs of a record (tables and molecules)."""
+        if self.molecule is not None:
+            return self.molecule.width
         return sum(_width(column) for column in self.dictionary.columns)
 
     def encode(self, table: Table) -> Tensor:
@@ -226,6 +244,9 @@ class FeatureMap:
         if self.image_shape is not None:
             pixels = torch.from_numpy(table.values[self.dictionary.columns[0].name])
             return (pixels * 2.0 - 1.0)[:, None]
+        if self.molecule is not None:
+            compounds = [one.decode() for one in table.values[self.dictionary.columns[0].name]]
+            return torch.from_numpy(self.molecule.encode(compounds))
         blocks = [self._encode_column(column, table) for column in self.dictionary.columns]
         return torch.from_numpy(np.concatenate(blocks, axis=1).astype(np.float32))
 

@@ -31,7 +31,7 @@ def build_teacher(study: Study, features: FeatureMap) -> Teacher:
     spec = study.teacher
     with _drawing(study.seed):
         encoder, width = family_of(spec).encoder(spec, features)
-    skip = features.width if isinstance(spec, MlpSpec) and spec.skip else 0
+    skip = features.numbers if isinstance(spec, MlpSpec) and spec.skip else 0
     teacher = Teacher(encoder, width=width, skip=skip, outputs=task_of(study).outputs)
     initialise(teacher, seed=study.seed)
     nn.init.zeros_(teacher.head.weight)  # before the first patient, no opinion

@@ -10,6 +10,8 @@ from common import plugins
 from common.dictionary import Dictionary
 from common.errors import nearest
 from common.tasks.classification import classification
+from common.tasks.regression import regression
+from common.tasks.several import several
 from common.tasks.task import Floats, Measure, Task, Unreleased
 
 if TYPE_CHECKING:
@@ -35,6 +37,9 @@ class Entry:
 TASKS: dict[str, Entry] = {
     "diagnosis": Entry(classification, ("table",), ("classes",)),
     "imaging": Entry(classification, ("image",), ("classes",)),
+    "screening": Entry(classification, ("molecule",), ("classes",)),
+    "regression": Entry(regression, ("table", "image", "molecule"), ("number",)),
+    "several": Entry(several, ("table", "image", "molecule"), ("several",)),
 }
 
 
