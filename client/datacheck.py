@@ -88,7 +88,9 @@ def cell_text(column: Column, value: Any) -> str:
         return "·" if np.isnan(value) else f"{float(value):.6g}"
     if column.kind == "molecule":
         return str(value.decode()) or "·"
-    return "·" if value < 0 else str(column.categories[int(value)])
+    if value < 0:
+        return "·"
+    return f"#{value}" if column.kind == "code" else str(column.categories[int(value)])
 
 
 def ascii_picture(grey: NDArray[np.float32]) -> list[str]:

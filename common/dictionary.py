@@ -11,24 +11,29 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from common.labels import Label, Scalar
-from common.strict import Strict
+from common.strict import Count, Strict
 
 
 class Column(Strict):
     """One column of the study.
 
     ``kind``: ``numeric`` (needs ``range``), ``binary`` or ``categorical`` (need ``categories``),
-    ``image`` (needs ``shape``: height, width), ``molecule`` (a SMILES; see docs/molecules.md).
+    ``image`` (needs ``shape``: height, width), ``code`` (one of very many, such as a diagnosis;
+    needs ``buckets``), or ``molecule`` (a SMILES; see docs/molecules.md).
     ``range``: plausible lowest and highest value in ``unit``; outside is reported and clipped.
     ``typical``: published mean and standard deviation, for scaling; else taken from the range.
     ``missing``: values that mean "not measured" beside an empty cell (a cholesterol of 0).
     ``optional``: whether a value may be absent; if so the model also sees that it is absent.
+    ``prefix``: how many characters of a code count (the first three of an ICD code name the
+    disease). ``buckets``: codes fall into so many by a public hash, the same everywhere.
+    ``keep``: the model sees only so many buckets, the most frequent ones of the public corpus or of
+    all patients (charged), as the study's ``scaling`` says; all of them if left out.
     ``bits``: length of a molecule's fingerprint. ``atoms``: the most atoms of its graph, for
     networks of ``kind = "graph"``.
     """
 
     name: str = Field(min_length=1)
-    kind: Literal["numeric", "binary", "categorical", "image", "molecule"]
+    kind: Literal["numeric", "binary", "categorical", "image", "code", "molecule"]
     unit: str = ""
     description: str = ""
     range: tuple[float, float] | None = None
@@ -37,6 +42,9 @@ class Column(Strict):
     shape: tuple[int, int] | None = None
     missing: tuple[Scalar, ...] = ()
     optional: bool = True
+    prefix: Count | None = None
+    buckets: Annotated[int, Field(ge=2, le=65536)] | None = None
+    keep: Count | None = None
     bits: Annotated[int, Field(ge=16, le=16384)] = 1024
     atoms: Annotated[int, Field(ge=0, le=512)] = 0
 
@@ -63,6 +71,12 @@ class Column(Strict):
                 raise ValueError(
                     f"an image column needs shape = [height, width], found {self.shape}"
                 )
+        elif self.kind == "code":
+            if self.buckets is None or (self.keep is not None and self.keep >= self.buckets):
+                raise ValueError(
+                    f"a code column needs buckets = N, and keep (if any) below that, found buckets "
+                    f"= {self.buckets} and keep = {self.keep}"
+                )
         elif self.kind == "molecule":
             pass
         elif len(self.categories) < 2 or len(set(self.categories)) != len(self.categories):
@@ -73,6 +87,11 @@ class Column(Strict):
         elif self.kind == "binary" and len(self.categories) != 2:
             raise ValueError(
                 f"a binary column needs exactly two categories, found {len(self.categories)}"
+            )
+        if self.kind != "code" and (self.prefix or self.buckets or self.keep):
+            raise ValueError(
+                f"prefix, buckets and keep belong to kind = 'code', found them on kind = "
+                f"{self.kind!r}"
             )
         return self
 

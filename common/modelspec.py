@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, Tag
+from pydantic import Field, Tag, model_validator
 
 from common.strict import Count, Strict, told_by_kind
 
@@ -35,6 +35,28 @@ class CnnSpec(Strict):
     hidden: tuple[Count, ...] = Field(min_length=1)
 
 
+class VitSpec(Strict):
+    """A vision transformer, for images (Dosovitskiy et al. 2021).
+
+    ``patch``: pixels on a side of the patches that it sees as one; ``width``: numbers of each,
+    and of the code; ``depth``: layers; ``heads`` share the width.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ("image",)
+
+    kind: Literal["vit"]
+    patch: Count = 4
+    width: Count = 64
+    depth: Count = 2
+    heads: Count = 4
+
+    @model_validator(mode="after")
+    def _heads_share(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"heads: expected a divisor of width {self.width}, found {self.heads}")
+        return self
+
+
 class GraphSpec(Strict):
     """Messages between bonded atoms (Gilmer et al. 2017), for molecules; needs the column's
     ``atoms``. ``hidden``: the width of the atoms after each layer of messages; a teacher's last is
@@ -60,9 +82,10 @@ class OwnSpec(Strict):
     settings: dict[str, Setting | tuple[Setting, ...]] = {}
 
 
-MODELS: tuple[type[MlpSpec | CnnSpec | GraphSpec | OwnSpec], ...] = (
+MODELS: tuple[type[MlpSpec | CnnSpec | VitSpec | GraphSpec | OwnSpec], ...] = (
     MlpSpec,
     CnnSpec,
+    VitSpec,
     GraphSpec,
     OwnSpec,
 )
@@ -70,6 +93,7 @@ MODELS: tuple[type[MlpSpec | CnnSpec | GraphSpec | OwnSpec], ...] = (
 ModelSpec = Annotated[
     Annotated[MlpSpec, Tag("mlp")]
     | Annotated[CnnSpec, Tag("cnn")]
+    | Annotated[VitSpec, Tag("vit")]
     | Annotated[GraphSpec, Tag("graph")]
     | Annotated[OwnSpec, Tag("own")],
     told_by_kind("mlp"),

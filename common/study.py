@@ -58,17 +58,45 @@ class PretrainSpec(Strict):
     optimiser: OptimiserSpec
 
 
+class AugmentSpec(Strict):
+    """Random views of an image, drawn from these public ranges: turned by up to ``rotation_deg``
+    degrees and moved by up to ``shift`` pixels either way; with ``flip`` mirrored half of the time.
+    """
+
+    shift: Annotated[float, Field(ge=0)] = 2.0
+    rotation_deg: Annotated[float, Field(ge=0, le=180)] = 10.0
+    flip: bool = False
+
+
 class FinetuneSpec(Strict):
     """The teacher learns from patients, at the hospitals.
 
     ``trainable``: ``head`` (the pre-trained encoder stays frozen) or ``all``.
+    ``augment``: images are seen as random views; ``views`` of each in one step, whose gradients
+    are averaged before the patient is clipped, so that they cost no more (De et al. 2022,
+    arXiv 2204.13650, section 3.3).
     """
 
     rounds: Count
     local_steps: Count = 1
     sampling_rate: Fraction = 1.0
     trainable: Literal["head", "all"] = "head"
+    augment: AugmentSpec | None = None
+    views: Count = 1
     optimiser: OptimiserSpec
+
+    @model_validator(mode="after")
+    def _views_differ(self) -> Self:
+        if self.views > 1 and self.augment is None:
+            raise ValueError(
+                f"views = {self.views} of a record would be the same one; add [finetune.augment]"
+            )
+        if self.augment is not None and self.trainable == "head":
+            raise ValueError(
+                "[finetune.augment] needs trainable = 'all': a frozen encoder turns each record "
+                "into one code, once"
+            )
+        return self
 
     @property
     def releases(self) -> int:
@@ -82,6 +110,7 @@ class DistillSpec(Strict):
     ``on = "public"``: at the coordinator, on the public corpus and mixtures of it; free.
     ``on = "patients"``: at the hospitals, as ``rounds`` × ``local_steps`` charged steps.
     ``temperature`` softens the targets (Hinton et al. 2015, arXiv 1503.02531).
+    ``augment``: public images are seen as random views, by teacher and student alike.
     """
 
     on: Literal["public", "patients"] = "public"
@@ -91,7 +120,14 @@ class DistillSpec(Strict):
     rounds: Count = 10
     local_steps: Count = 1
     sampling_rate: Fraction = 1.0
+    augment: AugmentSpec | None = None
     optimiser: OptimiserSpec
+
+    @model_validator(mode="after")
+    def _views_are_public(self) -> Self:
+        if self.augment is not None and self.on == "patients":
+            raise ValueError("[distill.augment] belongs to on = 'public'; leave it out")
+        return self
 
     @property
     def releases(self) -> int:
@@ -167,6 +203,8 @@ class FederationSpec(Strict):
     coordinator. Each adds its share of the noise for the honest ones that then remain.
     ``tail_average``: the share of the last rounds whose models are averaged; free, and under
     noise usually better than the last one alone (Polyak & Juditsky 1992).
+    ``ema``: or all rounds' models are averaged, each counting so many times as much as the next:
+    an exponential moving average, free as well (De et al. 2022, arXiv 2204.13650, section 3.4).
     """
 
     rule: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedprox"] = "fedavg"
@@ -177,6 +215,7 @@ class FederationSpec(Strict):
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
     weighting: Literal["declared", "uniform"] = "declared"
     tail_average: Annotated[float, Field(ge=0, le=1)] = 0.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     minimum_hospitals: Count = 2
     hospitals: Annotated[int, Field(ge=2)] | None = None
     tolerated_dropouts: Annotated[int, Field(ge=0)] = 0
@@ -189,6 +228,15 @@ class FederationSpec(Strict):
             raise ValueError(
                 f"proximal_mu above 0 belongs to rule = 'fedprox', and only to it; "
                 f"found rule = {self.rule!r} and proximal_mu = {self.proximal_mu}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_average(self) -> Self:
+        if self.ema and self.tail_average:
+            raise ValueError(
+                f"ema and tail_average are two averages of the same models: give one, found "
+                f"{self.ema} and {self.tail_average}"
             )
         return self
 
@@ -270,11 +318,19 @@ class Study(Strict):
                 f"public.kind = 'dictionary' cannot draw {modality}s: set 'held_apart' or 'file'"
             )
         self._check_molecules()
-        if self.scaling == "private" and not any(
-            column.kind == "numeric" for column in self.dictionary.columns
+        columns = self.dictionary.columns
+        keeping = [column.name for column in columns if column.keep is not None]
+        if self.scaling == "private" and not (
+            keeping or any(column.kind == "numeric" for column in columns)
         ):
             raise ValueError(
-                "scaling = 'private' needs a numeric column to scale; did you mean 'ranges'?"
+                "scaling = 'private' needs a numeric column to scale, or a code column that keeps "
+                "some of its buckets; did you mean 'ranges'?"
+            )
+        if keeping and self.scaling == "ranges":
+            raise ValueError(
+                f"dictionary.columns: {keeping[0]!r} keeps its most frequent codes, which must be "
+                f"found: set scaling = 'private' or 'public', or leave keep out"
             )
         for stage, optimiser, private in (
             ("finetune", self.finetune.optimiser, True),
@@ -307,6 +363,13 @@ class Study(Strict):
         ):
             if found == "scaffold":
                 raise ValueError(f"{key}: 'scaffold' needs a molecule, found {column.kind} columns")
+
+    @model_validator(mode="after")
+    def _views_are_of_images(self) -> Self:
+        for stage, spec in (("finetune", self.finetune), ("distill", self.distill)):
+            if spec.augment is not None and self.dictionary.modality != "image":
+                raise ValueError(f"[{stage}.augment] turns and moves images; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _evaluation_is_protected(self) -> Self:

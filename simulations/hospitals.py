@@ -258,7 +258,9 @@ def _cell(column: Column, value: Any) -> Any:
         return "" if np.isnan(value) else repr(float(value))
     if column.kind == "molecule":
         return value.decode()
-    return "" if value < 0 else column.categories[value]
+    if value < 0:
+        return ""
+    return f"#{value}" if column.kind == "code" else column.categories[value]
 
 
 def _key(stream: Stream) -> bytes:

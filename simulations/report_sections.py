@@ -306,11 +306,15 @@ def curve_words(curves: Mapping[str, Sequence[CurvePoint]], measure: Measure) ->
 
 def curve_caption(study: Study) -> str:
     """What the round curve shows."""
-    tail = study.federation.tail_average
+    tail, ema = study.federation.tail_average, study.federation.ema
+    rounds = (
+        f"all rounds, each counting {ema:g} times as much as the next,"
+        if ema
+        else f"the last {tail:.0%} of the rounds,"
+    )
     averaged = (
-        f" The last point is the average of the last {tail:.0%} of the rounds, which is "
-        f"what the study keeps."
-        if tail
+        f" The last point is the average of {rounds} which is what the study keeps."
+        if ema or tail
         else ""
     )
     title = capital(leading(study).title)

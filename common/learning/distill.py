@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.dictionary import Dictionary
 from common.features import FeatureMap
+from common.learning.augment import DRAWS, augmented
 from common.learning.gradients import batch_gradient
 from common.learning.loop import run
 from common.models import Student, Teacher
@@ -33,6 +34,9 @@ def distill_publicly(study: Study, teacher: Teacher, student: Student, corpus: T
 
     def objective() -> Tensor:
         batch = draw(corpus, spec.batch, generator)
+        if spec.augment is not None:
+            draws = torch.rand(len(batch), DRAWS, generator=generator)
+            batch = augmented(batch, draws, spec.augment)
         with torch.no_grad():
             taught = teacher(batch)
         return task.distill_loss(student(batch), taught, spec.temperature).mean()
@@ -86,6 +90,11 @@ def records_from_dictionary(
             block = torch.randn(rows, 1, generator=generator).clamp(-2, 2)
         elif column.kind == "binary":
             block = torch.randint(2, (rows, 1), generator=generator).float() - 0.5
+        elif column.kind == "code":
+            width = column.keep or column.buckets or 0
+            # One place more than there are: a code that is not kept is all zeros.
+            choice = torch.randint(width + 1, (rows,), generator=generator)
+            block = torch.eye(width + 1)[choice][:, :width]
         else:
             choice = torch.randint(len(column.categories), (rows,), generator=generator)
             block = torch.eye(len(column.categories))[choice]

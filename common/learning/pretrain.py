@@ -13,6 +13,7 @@ from common.features import FeatureMap
 from common.learning.gradients import batch_gradient
 from common.learning.loop import run
 from common.models import Teacher, initialise
+from common.modelspec import VitSpec
 from common.study import Study
 from common.tensors import get_vector, set_vector
 
@@ -32,12 +33,18 @@ def pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tenso
     generator = torch.Generator().manual_seed(study.seed)
     held = max(1, len(corpus) // _WATCHED_SHARE)
     watched, training = corpus[:held], corpus[held:] if len(corpus) > held else corpus
-    watched_mask = mask_for(features, watched, spec.mask_rate, torch.Generator().manual_seed(0))
+    # A patch that a transformer sees as one is hidden as one.
+    patch = study.teacher.patch if isinstance(study.teacher, VitSpec) else _PATCH
+
+    def mask(batch: Tensor, source: torch.Generator) -> Tensor:
+        return mask_for(features, batch, spec.mask_rate, source, patch=patch)
+
+    watched_mask = mask(watched, torch.Generator().manual_seed(0))
 
     def objective() -> Tensor:
         rows = torch.randint(len(training), (spec.batch,), generator=generator)
         batch = training[rows]
-        return _hidden_error(pair, batch, mask_for(features, batch, spec.mask_rate, generator))
+        return _hidden_error(pair, batch, mask(batch, generator))
 
     def watch(weights: Tensor) -> float:
         set_vector(pair, weights)
@@ -56,9 +63,15 @@ def pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tenso
 
 
 def mask_for(
-    features: FeatureMap, batch: Tensor, rate: float, generator: torch.Generator
+    features: FeatureMap,
+    batch: Tensor,
+    rate: float,
+    generator: torch.Generator,
+    *,
+    patch: int = _PATCH,
 ) -> Tensor:
-    """True where an input is hidden: whole columns of a table, whole patches of an image."""
+    """True where an input is hidden: whole columns of a table, whole patches of an image,
+    ``patch`` pixels on a side."""
     rows = len(batch)
     if features.image_shape is None:
         mask = torch.zeros(batch.shape, dtype=torch.bool)
@@ -70,9 +83,9 @@ def mask_for(
         return mask
     height, width = features.image_shape
     patches = (
-        torch.rand(rows, 1, -(-height // _PATCH), -(-width // _PATCH), generator=generator) < rate
+        torch.rand(rows, 1, -(-height // patch), -(-width // patch), generator=generator) < rate
     )
-    grown = patches.repeat_interleave(_PATCH, 2).repeat_interleave(_PATCH, 3)
+    grown = patches.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
     return grown[:, :, :height, :width]
 
 

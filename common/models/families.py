@@ -11,6 +11,7 @@ from torch import nn
 from common import plugins
 from common.errors import StudyError
 from common.features import FeatureMap
+from common.models.attention import VisionTransformer
 from common.models.graphs import GraphEncoder
 from common.models.networks import First, image_encoder, image_student, table_encoder
 from common.modelspec import ModelSpec, OwnSpec
@@ -59,9 +60,27 @@ def _cnn_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:
     return image_student(features.image_shape, spec.hidden, outputs)
 
 
+def _vit_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
+    assert features.image_shape is not None  # noqa: S101
+    encoder = VisionTransformer(
+        features.image_shape,
+        patch=spec.patch,
+        width=spec.width,
+        depth=spec.depth,
+        heads=spec.heads,
+    )
+    return encoder, spec.width
+
+
+def _vit_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:
+    encoder, width = _vit_encoder(spec, features)
+    return nn.Sequential(encoder, nn.Linear(width, outputs))
+
+
 _FAMILIES: Mapping[str, Family] = {
     "mlp": Family(_mlp_encoder, _mlp_student),
     "cnn": Family(_cnn_encoder, _cnn_student),
+    "vit": Family(_vit_encoder, _vit_student),
     "graph": Family(_graph_encoder, _graph_student),
 }
 
