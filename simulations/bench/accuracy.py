@@ -10,6 +10,7 @@ import numpy as np
 
 from common.study import load_study
 from simulations.bench.accuracy_imaging import imaging
+from simulations.bench.accuracy_molecules import molecules
 from simulations.bench.trained import (
     EXAMPLES,
     NON_PRIVATE,
@@ -70,6 +71,7 @@ ROWS: dict[str, Callable[[Path], dict[str, Any] | None]] = {
     "wisconsin": wisconsin,
     "heart": heart,
     "imaging": imaging,
+    "molecules": molecules,
 }
 
 
