@@ -10,6 +10,7 @@ from common import plugins
 from common.dictionary import Dictionary
 from common.errors import nearest
 from common.tasks.classification import classification
+from common.tasks.prognosis import prognosis, prognosis_by_mass
 from common.tasks.task import Floats, Measure, Task, Unreleased
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Entry:
 TASKS: dict[str, Entry] = {
     "diagnosis": Entry(classification, ("table",), ("classes",)),
     "imaging": Entry(classification, ("image",), ("classes",)),
+    "prognosis": Entry(prognosis, ("table", "image"), ("survival",)),
+    "prognosis-mass": Entry(prognosis_by_mass, ("table", "image"), ("survival",)),
 }
 
 

@@ -19,7 +19,7 @@ from simulations.simulate import run_in_process
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "deploy" / "examples"
 SEEDS = (0, 1, 2, 3, 4)
-_NON_PRIVATE: dict[str, Any] = {
+NON_PRIVATE: dict[str, Any] = {
     "privacy__trust": "none",
     "privacy__epsilon": None,
     "privacy__delta": None,
@@ -32,7 +32,7 @@ def wisconsin(_: Path) -> dict[str, Any]:
     arms: dict[str, dict[str, Any]] = {
         "eps3_auc": {"privacy__epsilon": 3.0},
         "eps1_auc": {"privacy__epsilon": 1.0},
-        "nonprivate_auc": _NON_PRIVATE,
+        "nonprivate_auc": NON_PRIVATE,
     }
     return figures(
         {
@@ -52,7 +52,7 @@ def heart(data_folder: Path) -> dict[str, Any] | None:
         return None
     study = load_study(EXAMPLES / "heart.toml")
     arms: dict[str, dict[str, Any]] = {
-        "nonprivate_acc_mean4": _NON_PRIVATE,
+        "nonprivate_acc_mean4": NON_PRIVATE,
         "eps1_acc_mean4": {"privacy__epsilon": 1.0},
     }
 
@@ -68,6 +68,13 @@ def heart(data_folder: Path) -> dict[str, Any] | None:
     return figures(
         {key: [seed_accuracy(seed, changes) for seed in SEEDS] for key, changes in arms.items()}
     )
+
+
+def prognosis(data_folder: Path) -> dict[str, Any] | None:
+    """See ``accuracy_prognosis``."""
+    from simulations.bench.accuracy_prognosis import brca  # noqa: PLC0415  (it builds on this)
+
+    return brca(data_folder)
 
 
 def student_scores(study: Study, data_folder: Path) -> list[Scores]:
@@ -105,6 +112,7 @@ def figures(values: dict[str, list[float]]) -> dict[str, Any]:
 ROWS: dict[str, Callable[[Path], dict[str, Any] | None]] = {
     "wisconsin": wisconsin,
     "heart": heart,
+    "prognosis": prognosis,
 }
 
 
