@@ -12,6 +12,7 @@ from common.errors import nearest
 from common.tasks.classification import classification
 from common.tasks.prognosis import prognosis, prognosis_by_mass
 from common.tasks.task import Floats, Measure, Task, Unreleased
+from common.tasks.treatment import treatment, treatment_effect
 
 if TYPE_CHECKING:
     from common.study import Study
@@ -38,6 +39,8 @@ TASKS: dict[str, Entry] = {
     "imaging": Entry(classification, ("image",), ("classes",)),
     "prognosis": Entry(prognosis, ("table", "image"), ("survival",)),
     "prognosis-mass": Entry(prognosis_by_mass, ("table", "image"), ("survival",)),
+    "treatment": Entry(treatment, ("table", "image"), ("effect",)),
+    "treatment-effect": Entry(treatment_effect, ("table", "image"), ("effect",)),
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from client.hospital import Hospital
 from common.learning.metrics import Interval, mean_interval
 from common.randomness import SecretNoise
 from common.study import Study, load_study
@@ -77,14 +78,24 @@ def prognosis(data_folder: Path) -> dict[str, Any] | None:
     return brca(data_folder)
 
 
-def student_scores(study: Study, data_folder: Path) -> list[Scores]:
-    """Run ``study`` from beginning to end with fresh secret noise; its student's scores."""
+def treatment(data_folder: Path) -> dict[str, Any] | None:
+    """See ``accuracy_treatment``."""
+    from simulations.bench.accuracy_treatment import effects  # noqa: PLC0415  (it builds on this)
+
+    return effects(data_folder)
+
+
+def student_scores(
+    study: Study, data_folder: Path, *, cast: Callable[[list[Hospital]], list[Hospital]] = list
+) -> list[Scores]:
+    """Run ``study`` from beginning to end with fresh secret noise; its student's scores at every
+    hospital. ``cast``: which of the hospitals train it."""
     with tempfile.TemporaryDirectory(prefix="consilium-bench-") as temporary:
         world = build_world(study, data_folder)
         run = RunFolder.create(Path(temporary) / "run", study)
         noise = secret_noise(SecretNoise.generate().key, [site.name for site in world.sites])
         hospitals = open_world(world, noise)
-        run_in_process(study, run, hospitals, world.corpus, lambda _: None)
+        run_in_process(study, run, cast(hospitals), world.corpus, lambda _: None)
         _, student, features = finished_models(run, study)
         return score(student, study, features, hospitals)
 
@@ -113,6 +124,7 @@ ROWS: dict[str, Callable[[Path], dict[str, Any] | None]] = {
     "wisconsin": wisconsin,
     "heart": heart,
     "prognosis": prognosis,
+    "treatment": treatment,
 }
 
 

@@ -25,7 +25,11 @@ def brca() -> Path:
 
 def test_prognosis_of_breast_cancer_by_secure_sums(brca: Path, tmp_path: Path) -> None:
     study = load_study(EXAMPLES / "brca.toml").revised(
-        finetune__rounds=4, distill__steps=400, privacy__epsilon=10.0, evaluation__epsilon=3.0
+        finetune__rounds=4,
+        distill__steps=400,
+        privacy__epsilon=10.0,
+        evaluation__epsilon=8.0,
+        evaluation__bins=5,
     )
     run = simulate(study, tmp_path / "run", brca, quiet, noise_seed=1)
     summary = summarise(run)
