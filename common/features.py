@@ -261,7 +261,8 @@ class FeatureMap:
         else:
             absent = values < 0
             if column.kind == "code":
-                kept = self.scaling.kept.get(column.name, range(column.buckets or 0))
+                everything = range(column.buckets or 0)
+                kept = everything if column.keep is None else self.scaling.kept[column.name]
                 block = _one_hot(values, kept)
             elif column.kind == "binary":
                 block = np.where(absent, 0.0, values - 0.5)[:, None]
