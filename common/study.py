@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from common.dictionary import Dictionary
 from common.errors import StudyError
-from common.modelspec import MODELS, MlpSpec, ModelSpec, kind_of
+from common.modelspec import MODELS, LoraSpec, MlpSpec, ModelSpec, PretrainedSpec, kind_of
 from common.privacy.units import PrivacyUnit, Relation, Trust
 from common.scenario import check_scenario, column_named
 from common.simulation import SimulationSpec
@@ -61,14 +61,25 @@ class PretrainSpec(Strict):
 class FinetuneSpec(Strict):
     """The teacher learns from patients, at the hospitals.
 
-    ``trainable``: ``head`` (the pre-trained encoder stays frozen) or ``all``.
+    ``trainable``: ``head`` (the pre-trained encoder stays frozen), ``lora`` (it stays frozen under
+    low-rank corrections, as ``lora`` says, which learn with the head) or ``all``.
     """
 
     rounds: Count
     local_steps: Count = 1
     sampling_rate: Fraction = 1.0
-    trainable: Literal["head", "all"] = "head"
+    trainable: Literal["head", "lora", "all"] = "head"
+    lora: LoraSpec | None = None
     optimiser: OptimiserSpec
+
+    @model_validator(mode="after")
+    def _lora_is_asked_for(self) -> Self:
+        if (self.lora is not None) != (self.trainable == "lora"):
+            raise ValueError(
+                f"[finetune.lora] belongs to trainable = 'lora', and only to it (it may be empty); "
+                f"found trainable = {self.trainable!r}"
+            )
+        return self
 
     @property
     def releases(self) -> int:
@@ -236,7 +247,6 @@ class Study(Strict):
     def _parts_fit(self) -> Self:
         task_named(self.task, self.dictionary)
         modality = self.dictionary.modality
-        image = modality == "image"
         for role, spec in (("teacher", self.teacher), ("student", self.student)):
             if modality not in spec.reads:
                 fitting = [one for one in MODELS if modality in one.reads]
@@ -247,9 +257,10 @@ class Study(Strict):
                 )
         if isinstance(self.student, MlpSpec) and self.student.skip:
             raise ValueError("student.skip: a student is one plain network; leave it out")
-        if image and self.scaling != "ranges":
+        if modality != "table" and self.scaling != "ranges":
             raise ValueError(
-                f"scaling: expected 'ranges' for images (pixels have one), found {self.scaling!r}"
+                f"scaling: expected 'ranges' for {modality}s (no number of theirs is to be "
+                f"scaled), found {self.scaling!r}"
             )
         released = task_named(self.task, self.dictionary).release_shape(self.evaluation.bins)
         if self.evaluation.epsilon is not None and not math.prod(released):
@@ -262,9 +273,9 @@ class Study(Strict):
                 "scaling = 'public' needs a public corpus of real records: set public.kind to "
                 "'held_apart' or 'file', or scaling = 'ranges'"
             )
-        if self.public.kind == "dictionary" and image:
+        if self.public.kind == "dictionary" and modality != "table":
             raise ValueError(
-                "public.kind = 'dictionary' cannot draw images: set 'held_apart' or 'file'"
+                f"public.kind = 'dictionary' cannot draw {modality}s: set 'held_apart' or 'file'"
             )
         if self.scaling == "private" and not any(
             column.kind == "numeric" for column in self.dictionary.columns
@@ -289,6 +300,22 @@ class Study(Strict):
         return self
 
     @model_validator(mode="after")
+    def _pretrained_stays(self) -> Self:
+        changed = self.finetune.trainable == "all" or self.pretrain.steps > 0
+        if isinstance(self.teacher, PretrainedSpec) and changed:
+            raise ValueError(
+                f"teacher.kind = 'pretrained' comes trained and stays as it is: expected "
+                f"pretrain.steps = 0 and finetune.trainable 'head' or 'lora', found "
+                f"{self.pretrain.steps} and {self.finetune.trainable!r}"
+            )
+        if isinstance(self.student, PretrainedSpec):
+            raise ValueError(
+                "student.kind: 'pretrained' is for teachers, a student is small; did you mean "
+                "'transformer'?"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _evaluation_is_protected(self) -> Self:
         if self.privacy.trust is Trust.NONE and self.evaluation.epsilon is not None:
             raise ValueError(
@@ -301,8 +328,10 @@ class Study(Strict):
     def _scenario_can_be(self) -> Self:
         if self.simulation is not None and self.simulation.column is not None:
             column = column_named(self, self.simulation.column, "simulation.column")
-            if column.kind == "image":
-                raise ValueError("simulation.column: an image has no quarters; name a number")
+            if column.kind in ("image", "text"):
+                raise ValueError(
+                    f"simulation.column: {column.kind}s have no quarters; name a number"
+                )
         check_scenario(self)
         return self
 

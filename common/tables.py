@@ -43,7 +43,7 @@ class Table:
 
     ``values``: numeric columns as float32 [rows] with NaN for missing; binary and categorical as
     category indices [rows] (the smallest integer type) with -1 for missing; images as float32
-    [rows, height, width].
+    [rows, height, width]; texts as token ids int32 [rows, length], 0 behind a text's end.
     ``labels`` [rows, …]: as the dictionary's kind of label has them; unknown throughout for public
     records.
     ``patients``: the identifier of each row's patient, as text [rows].

@@ -35,6 +35,7 @@ class Entry:
 TASKS: dict[str, Entry] = {
     "diagnosis": Entry(classification, ("table",), ("classes",)),
     "imaging": Entry(classification, ("image",), ("classes",)),
+    "notes": Entry(classification, ("text",), ("classes",)),
 }
 
 

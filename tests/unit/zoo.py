@@ -9,6 +9,7 @@ from opacus.layers import DPMultiheadAttention
 from torch import Tensor, nn
 
 from common.models.lora import add_lora
+from common.modelspec import LoraSpec
 
 ROWS = 6
 
@@ -88,7 +89,7 @@ class PositionTable(nn.Module):
 
 def lora() -> nn.Module:
     model = Attention()
-    add_lora(model, ("query", "value"), rank=2, seed=0)
+    add_lora(model, LoraSpec(kind="lora", rank=2), seed=0)
     nn.init.normal_(model.query.up.weight)  # type: ignore[union-attr, arg-type]
     nn.init.normal_(model.value.up.weight)  # type: ignore[union-attr, arg-type]
     return model
