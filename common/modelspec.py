@@ -12,13 +12,13 @@ Setting = bool | int | float | str
 
 
 class MlpSpec(Strict):
-    """Layers of plain numbers, for tables.
+    """Layers of plain numbers, for tables and the fingerprints of molecules.
 
     ``hidden``: widths of the hidden layers. ``skip``: the head also sees the inputs themselves
     (a teacher only).
     """
 
-    reads: ClassVar[tuple[str, ...]] = ("table",)
+    reads: ClassVar[tuple[str, ...]] = ("table", "molecule")
 
     kind: Literal["mlp"] = "mlp"
     hidden: tuple[Count, ...] = Field(min_length=1)
@@ -57,6 +57,17 @@ class VitSpec(Strict):
         return self
 
 
+class GraphSpec(Strict):
+    """Messages between bonded atoms (Gilmer et al. 2017), for molecules; needs the column's
+    ``atoms``. ``hidden``: the width of the atoms after each layer of messages; a teacher's last is
+    the width of its code."""
+
+    reads: ClassVar[tuple[str, ...]] = ("molecule",)
+
+    kind: Literal["graph"]
+    hidden: tuple[Count, ...] = Field(min_length=2)
+
+
 class OwnSpec(Strict):
     """A network that somebody else wrote (docs/own-task.md).
 
@@ -64,17 +75,18 @@ class OwnSpec(Strict):
     ``module:object``. ``settings``: what it wants to know.
     """
 
-    reads: ClassVar[tuple[str, ...]] = ("table", "image")
+    reads: ClassVar[tuple[str, ...]] = ("table", "image", "molecule")
 
     kind: Literal["own"]
     family: str = Field(min_length=1)
     settings: dict[str, Setting | tuple[Setting, ...]] = {}
 
 
-MODELS: tuple[type[MlpSpec | CnnSpec | VitSpec | OwnSpec], ...] = (
+MODELS: tuple[type[MlpSpec | CnnSpec | VitSpec | GraphSpec | OwnSpec], ...] = (
     MlpSpec,
     CnnSpec,
     VitSpec,
+    GraphSpec,
     OwnSpec,
 )
 
@@ -82,6 +94,7 @@ ModelSpec = Annotated[
     Annotated[MlpSpec, Tag("mlp")]
     | Annotated[CnnSpec, Tag("cnn")]
     | Annotated[VitSpec, Tag("vit")]
+    | Annotated[GraphSpec, Tag("graph")]
     | Annotated[OwnSpec, Tag("own")],
     told_by_kind("mlp"),
 ]

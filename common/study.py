@@ -244,6 +244,8 @@ class FederationSpec(Strict):
 class EvaluationSpec(Strict):
     """Each hospital keeps one of ``folds`` equal parts of its patients for testing.
 
+    ``split``: how they fall into parts: ``random`` (each label in equal share), or ``scaffold`` for
+    molecules, whole scaffolds: part 0 the rarest ones, as in MoleculeNet (docs/molecules.md).
     Exact scores stay at the hospital. With ``epsilon`` a noised histogram of scores by label is
     released once, charged to the test patients (who are never trained on): one of each hospital,
     or with ``trust = "distributed"`` a single one of all hospitals together.
@@ -251,6 +253,7 @@ class EvaluationSpec(Strict):
 
     folds: Annotated[int, Field(ge=2)] = 4
     fold: Annotated[int, Field(ge=0)] = 0
+    split: Literal["random", "scaffold"] = "random"
     epsilon: Positive | None = None
     bins: Annotated[int, Field(ge=2, le=100)] = 20
 
@@ -284,7 +287,6 @@ class Study(Strict):
     def _parts_fit(self) -> Self:
         task_named(self.task, self.dictionary)
         modality = self.dictionary.modality
-        image = modality == "image"
         for role, spec in (("teacher", self.teacher), ("student", self.student)):
             if modality not in spec.reads:
                 fitting = [one for one in MODELS if modality in one.reads]
@@ -295,9 +297,10 @@ class Study(Strict):
                 )
         if isinstance(self.student, MlpSpec) and self.student.skip:
             raise ValueError("student.skip: a student is one plain network; leave it out")
-        if image and self.scaling != "ranges":
+        if modality != "table" and self.scaling != "ranges":
             raise ValueError(
-                f"scaling: expected 'ranges' for images (pixels have one), found {self.scaling!r}"
+                f"scaling: expected 'ranges' for {modality}s (their scale is public), "
+                f"found {self.scaling!r}"
             )
         released = task_named(self.task, self.dictionary).release_shape(self.evaluation.bins)
         if self.evaluation.epsilon is not None and not math.prod(released):
@@ -310,15 +313,24 @@ class Study(Strict):
                 "scaling = 'public' needs a public corpus of real records: set public.kind to "
                 "'held_apart' or 'file', or scaling = 'ranges'"
             )
-        if self.public.kind == "dictionary" and image:
+        if self.public.kind == "dictionary" and modality != "table":
             raise ValueError(
-                "public.kind = 'dictionary' cannot draw images: set 'held_apart' or 'file'"
+                f"public.kind = 'dictionary' cannot draw {modality}s: set 'held_apart' or 'file'"
             )
-        if self.scaling == "private" and not any(
-            column.kind == "numeric" for column in self.dictionary.columns
+        self._check_molecules()
+        columns = self.dictionary.columns
+        keeping = [column.name for column in columns if column.keep is not None]
+        if self.scaling == "private" and not (
+            keeping or any(column.kind == "numeric" for column in columns)
         ):
             raise ValueError(
-                "scaling = 'private' needs a numeric column to scale; did you mean 'ranges'?"
+                "scaling = 'private' needs a numeric column to scale, or a code column that keeps "
+                "some of its buckets; did you mean 'ranges'?"
+            )
+        if keeping and self.scaling == "ranges":
+            raise ValueError(
+                f"dictionary.columns: {keeping[0]!r} keeps its most frequent codes, which must be "
+                f"found: set scaling = 'private' or 'public', or leave keep out"
             )
         for stage, optimiser, private in (
             ("finetune", self.finetune.optimiser, True),
@@ -335,6 +347,22 @@ class Study(Strict):
                 f"found {self.privacy.delta}"
             )
         return self
+
+    def _check_molecules(self) -> None:
+        column = self.dictionary.columns[0]
+        if "graph" in (self.teacher.kind, self.student.kind) and not column.atoms:
+            raise ValueError(
+                f"kind = 'graph' needs atoms = N, the most atoms of a graph, in the "
+                f"[[dictionary.columns]] entry of {column.name!r}"
+            )
+        if column.kind == "molecule":
+            return
+        for key, found in (
+            ("evaluation.split", self.evaluation.split),
+            ("simulation.partition", self.simulation and self.simulation.partition),
+        ):
+            if found == "scaffold":
+                raise ValueError(f"{key}: 'scaffold' needs a molecule, found {column.kind} columns")
 
     @model_validator(mode="after")
     def _views_are_of_images(self) -> Self:
@@ -356,8 +384,10 @@ class Study(Strict):
     def _scenario_can_be(self) -> Self:
         if self.simulation is not None and self.simulation.column is not None:
             column = column_named(self, self.simulation.column, "simulation.column")
-            if column.kind == "image":
-                raise ValueError("simulation.column: an image has no quarters; name a number")
+            if column.kind in ("image", "molecule"):
+                raise ValueError(
+                    f"simulation.column: {column.kind}s have no quarters; name a number"
+                )
         check_scenario(self)
         return self
 

@@ -33,11 +33,12 @@ from common.learning.loop import Gradient
 from common.learning.records import Records
 from common.privacy.plan import StepPlan
 from common.randomness import Stream
+from common.study import Study
 from common.tables import concatenate
 from common.tensors import digest_tensors
 from common.wire import TrainReply, TrainTask
 from simulations.grid import Backend
-from simulations.stacked import can_stack, stacked
+from simulations.stacked import obstacle, stacked
 from simulations.tiles import BATCH_BYTES, hospital_bytes, row_numbers, tiles
 
 _logger = logging.getLogger(__name__)
@@ -137,11 +138,14 @@ class StackedEngine:
         except RefusalError:
             yield from self._one_by_one(messages)  # each hospital refuses for itself
             return
-        if obstacle := self._obstacle(assignment, messages):
-            self._say_once(obstacle)
+        reason = self._unlike(messages, assignment.study)
+        if not reason:
+            round_ = Round(assignment, self._encoded(assignment, task))
+            reason = obstacle(assignment.model, round_.cohort.inputs)
+        if reason:
+            self._say_once(reason)
             yield from self._one_by_one(messages)
             return
-        round_ = Round(assignment, self._encoded(assignment, task))
         request = training_request(task)
         # Whatever the order of the messages, the same hospitals share a batch.
         messages = sorted(messages, key=lambda one: one.metadata.dst_node_id)
@@ -156,7 +160,7 @@ class StackedEngine:
         refusals: dict[int, Exception] = {}
         for message in messages:
             node, hospital = message.metadata.dst_node_id, self._hospital(message)
-            assert isinstance(hospital.guard, MemoryGuard)  # noqa: S101  (see _obstacle)
+            assert isinstance(hospital.guard, MemoryGuard)  # noqa: S101  (see _unlike)
             units = round_.cohort.records[node].units
             try:
                 asked = training_release(hospital, assignment, hospital.train, units, request)
@@ -181,15 +185,13 @@ class StackedEngine:
             )
             yield Message(pack(reply), reply_to=message)
 
-    def _obstacle(self, assignment: Assignment, messages: list[Message]) -> str | None:
-        """Why this round is not stacked; None when it is."""
+    def _unlike(self, messages: list[Message], study: Study) -> str | None:
+        """Why these hospitals cannot be taken together; None when they can."""
         hospitals = [self._hospital(message) for message in messages]
-        if any(one.study is not assignment.study for one in hospitals):
+        if any(one.study is not study for one in hospitals):
             return "hospitals hold different copies of the study"
         if any(not isinstance(one.guard, MemoryGuard) for one in hospitals):
             return "hospitals keep ledgers of their own"
-        if not can_stack(assignment.model):
-            return f"{type(assignment.model).__name__} has a layer without a stacked rule"
         return None
 
     def _encoded(self, assignment: Assignment, task: TrainTask) -> Cohort:
@@ -206,10 +208,10 @@ class StackedEngine:
     def _hospital(self, message: Message) -> Hospital:
         return self._hospitals[message.metadata.dst_node_id - 1]
 
-    def _say_once(self, obstacle: str) -> None:
-        if obstacle not in self._said:
-            self._said.add(obstacle)
-            _logger.warning("one by one, not stacked: %s", obstacle)
+    def _say_once(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            _logger.warning("one by one, not stacked: %s", reason)
 
 
 def encode_together(assignment: Assignment, hospitals: Sequence[Hospital]) -> Cohort:

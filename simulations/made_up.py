@@ -16,12 +16,20 @@ from client.rounds import train
 from common.dictionary import Column
 from common.features import FeatureMap, scaling_from_tensor
 from common.models import build_student, build_teacher
+from common.molecules import LONGEST
 from common.randomness import NoiseSource
 from common.study import Study, parse_study
 from common.tables import Table, TableReport
 from common.wire import TrainTask
 
 PATIENTS = 60
+# Aspirin, caffeine, ibuprofen and paracetamol.
+_COMPOUNDS = [
+    b"CC(=O)Oc1ccccc1C(=O)O",
+    b"Cn1c(=O)c2c(ncn2C)n(C)c1=O",
+    b"CC(C)Cc1ccc(C(C)C(=O)O)cc1",
+    b"CC(=O)Nc1ccc(O)cc1",
+]
 
 
 def made_up_study(
@@ -79,7 +87,9 @@ def _cells(column: Column, rows: int, generator: np.random.Generator) -> NDArray
     if column.kind == "image":
         assert column.shape is not None  # noqa: S101  (the dictionary refuses it otherwise)
         return generator.random((rows, *column.shape), dtype=np.float32)
-    return generator.integers(0, len(column.categories), rows)
+    if column.kind == "molecule":
+        return generator.choice(_COMPOUNDS, rows).astype(f"S{LONGEST}")
+    return generator.integers(0, column.buckets or len(column.categories), rows)
 
 
 def _labels(label: Any, rows: int, generator: np.random.Generator) -> NDArray[Any]:

@@ -37,6 +37,7 @@ _PARTITIONS = {
     "power_law": "of unequal size (a few large, several small)",
     "label_skew": "whose shares of each class differ (label skew)",
     "covariate_shift": "whose patients differ in one column (covariate shift)",
+    "scaffold": "that share no scaffold",
     "sites": "as the data name them",
 }
 _STAGES = {
@@ -262,6 +263,8 @@ def _input_words(dictionary: Dictionary) -> str:
     if dictionary.image_shape is not None:
         height, width = dictionary.image_shape
         return f"an image of {height} × {width} pixels"
+    if dictionary.modality == "molecule":
+        return "a molecule, given as SMILES"
     kinds = [column.kind for column in dictionary.columns]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     optional = sum(column.optional for column in dictionary.columns)

@@ -8,11 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from common.learning.capture import Capture, LayerCall, Loss
+from common.learning.capture import Capture, LayerCall, LayerGradient, Loss
 from common.learning.groups import Groups
 from common.learning.layers import (
     Held,
-    LayerGradient,
     LayerSum,
     Sums,
     ghost,
@@ -143,11 +142,9 @@ class PerRecordGradients:
         return _clipped(self.capture.parameters, layers, groups, plan, present)
 
     def _gradients(self, inputs: Tensor, targets: Tensor) -> list[LayerGradient]:
-        return [
-            gradient
-            for calls in _by_layer(self.capture(self.loss, inputs, targets))
-            for gradient in record_gradients(calls)
-        ]
+        seen = self.capture(self.loss, inputs, targets)
+        ruled = [one for calls in _by_layer(seen.calls) for one in record_gradients(calls)]
+        return ruled + seen.gradients
 
 
 class GhostNorms:
@@ -164,7 +161,7 @@ class GhostNorms:
         self._per_record = PerRecordGradients(model, loss)
         self._capture = self._per_record.capture
         self.size = self._capture.size
-        self._held = sum(held_numbers(module) for module in model.modules())
+        self._held = sum(map(held_numbers, self._capture.learners))
 
     def check(self, like: Tensor) -> None:
         """See ``Engine``."""
@@ -188,8 +185,10 @@ class GhostNorms:
             return self._per_record.clipped_sums(inputs, targets, owners, groups, plan, present)
         if len(inputs) == 0:
             return torch.zeros(len(groups), self.size)
-        calls = self._capture(self.loss, inputs, targets)
-        layers = [ghost(one) for one in _by_layer(calls)]
+        seen = self._capture(self.loss, inputs, targets)
+        layers = [ghost(one) for one in _by_layer(seen.calls)]
+        if seen.gradients:
+            layers.append(Held(seen.gradients))
         return _clipped(self._capture.parameters, layers, groups, plan, present)
 
 

@@ -77,8 +77,9 @@ def mask_for(
         mask = torch.zeros(batch.shape, dtype=torch.bool)
         groups = features.groups()
         hidden = torch.rand(rows, len(groups), generator=generator) < rate
-        for index, group in enumerate(groups):
-            mask[:, group] = hidden[:, index, None]
+        widths = torch.tensor([group.stop - group.start for group in groups])
+        column = torch.repeat_interleave(torch.arange(len(groups)), widths)
+        mask[:, : len(column)] = hidden[:, column]
         return mask
     height, width = features.image_shape
     patches = (

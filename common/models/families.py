@@ -12,7 +12,8 @@ from common import plugins
 from common.errors import StudyError
 from common.features import FeatureMap
 from common.models.attention import VisionTransformer
-from common.models.networks import image_encoder, image_student, table_encoder
+from common.models.graphs import GraphEncoder
+from common.models.networks import First, image_encoder, image_student, table_encoder
 from common.modelspec import ModelSpec, OwnSpec
 
 
@@ -28,11 +29,24 @@ class Family:
 
 
 def _mlp_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
-    return table_encoder(features.width, spec.hidden), spec.hidden[-1]
+    encoder = table_encoder(features.numbers, spec.hidden)
+    if features.numbers < features.width:
+        encoder.insert(0, First(features.numbers))
+    return encoder, spec.hidden[-1]
 
 
 def _mlp_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:
     encoder, width = _mlp_encoder(spec, features)
+    return nn.Sequential(encoder, nn.Linear(width, outputs))
+
+
+def _graph_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
+    assert features.molecule is not None  # noqa: S101  (the study refuses it otherwise)
+    return GraphEncoder(features.molecule, spec.hidden), spec.hidden[-1]
+
+
+def _graph_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:
+    encoder, width = _graph_encoder(spec, features)
     return nn.Sequential(encoder, nn.Linear(width, outputs))
 
 
@@ -67,6 +81,7 @@ _FAMILIES: Mapping[str, Family] = {
     "mlp": Family(_mlp_encoder, _mlp_student),
     "cnn": Family(_cnn_encoder, _cnn_student),
     "vit": Family(_vit_encoder, _vit_student),
+    "graph": Family(_graph_encoder, _graph_student),
 }
 
 

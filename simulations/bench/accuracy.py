@@ -10,6 +10,9 @@ import numpy as np
 
 from common.study import load_study
 from simulations.bench.accuracy_imaging import imaging
+from simulations.bench.accuracy_molecules import molecules
+from simulations.bench.accuracy_prognosis import prognosis
+from simulations.bench.accuracy_treatment import treatment
 from simulations.bench.trained import (
     EXAMPLES,
     NON_PRIVATE,
@@ -70,6 +73,9 @@ ROWS: dict[str, Callable[[Path], dict[str, Any] | None]] = {
     "wisconsin": wisconsin,
     "heart": heart,
     "imaging": imaging,
+    "molecules": molecules,
+    "prognosis": prognosis,
+    "treatment": treatment,
 }
 
 
