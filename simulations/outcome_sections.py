@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.labels import SurvivalLabel
 from common.learning.effect_metrics import (
@@ -39,13 +40,8 @@ def survival_plot(label: SurvivalLabel, scores: Scores) -> Picture:
     """Predicted curves of three groups by risk, on Kaplan and Meier's of the same patients."""
     cuts = np.array([0.0, *label.cuts])
     times, seen = scores.labels[:, 0].astype(np.float64), scores.labels[:, 1] > 0
-    order = np.argsort(lost_share(scores.predictions, cuts[1:]), kind="stable")
     figure, axes = canvas(4.6)
-    for name, rows, (colour, marker, line) in zip(
-        _GROUPS, np.array_split(order, len(_GROUPS)), STYLES, strict=False
-    ):
-        if not len(rows):
-            continue
+    for (name, rows), (colour, marker, _) in zip(_by_risk(label, scores), STYLES, strict=False):
         curve = kaplan_meier(times[rows], seen[rows])
         # Nothing is known beyond the last patient of a group.
         at = np.linspace(0.0, min(cuts[-1], times[rows].max()), _DRAWN)
@@ -60,7 +56,7 @@ def survival_plot(label: SurvivalLabel, scores: Scores) -> Picture:
             predicted,
             color=colour,
             marker=marker,
-            linestyle="--" if line == "-" else line,
+            linestyle="--",
             linewidth=1.4,
             markersize=6,
             label=f"predicted: {name}",
@@ -74,17 +70,19 @@ def survival_plot(label: SurvivalLabel, scores: Scores) -> Picture:
     return picture(figure)
 
 
+def _by_risk(label: SurvivalLabel, scores: Scores) -> list[tuple[str, NDArray[np.intp]]]:
+    """The rows of each third, by the share of the time that the student expects to be lost."""
+    risk = lost_share(scores.predictions, np.array(label.cuts))
+    thirds = np.array_split(np.argsort(risk, kind="stable"), len(_GROUPS))
+    return [(name, rows) for name, rows in zip(_GROUPS, thirds, strict=True) if len(rows)]
+
+
 def _survival(folder: Path, scores: Scores) -> list[Html]:
     label = scores.study.dictionary.label
     assert isinstance(label, SurvivalLabel)  # noqa: S101  (its kind)
     last = [
-        f"{name}: {number(float(rows.mean()))}"
-        for name, rows in zip(
-            _GROUPS,
-            np.array_split(np.sort(scores.predictions[:, -1])[::-1], len(_GROUPS)),
-            strict=True,
-        )
-        if len(rows)
+        f"{name}: {number(float(scores.predictions[rows, -1].mean()))}"
+        for name, rows in _by_risk(label, scores)
     ]
     words = (
         f"Predicted survival at {label.cuts[-1]:g} {label.unit} by thirds of the test patients: "
@@ -143,7 +141,7 @@ def _effect(_: Path, scores: Scores) -> list[Html]:
     ]
 
 
-def _estimate(name: str, scores: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[str, ...]:
+def _estimate(name: str, scores: NDArray[np.float64]) -> tuple[str, ...]:
     mean, low, high = mean_with_interval(scores)
     return name, number(mean), f"{number(low)} to {number(high)}"
 
