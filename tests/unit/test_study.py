@@ -318,8 +318,10 @@ _VARIANTS: list[Tree] = [
 @pytest.mark.parametrize("changes", _VARIANTS, ids=lambda one: ",".join(one))
 def test_every_variant_round_trips(examples: list[Path], changes: Tree) -> None:
     for path in examples:
-        if path.stem == "pneumonia" and "scaling" in changes:
-            continue  # images have no scaling to estimate
+        if path.stem in ("pneumonia", "notes") and "scaling" in changes:
+            continue  # images and texts have no scaling to estimate
+        if path.stem == "notes" and changes.keys() & {"privacy__trust", "federation__rule"}:
+            continue  # a secure sum of four, from the start
         if path.stem == "diabetes" and changes.keys() & {
             "privacy__unit",
             "scaling",
