@@ -22,7 +22,7 @@ from torch import Tensor
 
 from client.app import failure
 from client.guard import MemoryGuard
-from client.hospital import Hospital, units_of
+from client.hospital import Hospital
 from client.rounds import check_same_study, training_release, training_request, training_round
 from client.training import Assignment
 from common.errors import RefusalError
@@ -82,7 +82,8 @@ class Round:
 
     def bytes_of(self, node: int) -> int:
         """What a hospital takes in a batch."""
-        weights, rows = self.assignment.start.numel(), len(self.cohort.records[node].inputs)
+        weights, records = self.assignment.start.numel(), self.cohort.records[node]
+        rows = len(records.inputs) * records.views
         return hospital_bytes(weights, self._row_numbers, rows, self.assignment.charge.plan)
 
     @cached_property
@@ -218,11 +219,8 @@ def encode_together(assignment: Assignment, hospitals: Sequence[Hospital]) -> Co
     inputs, targets = assignment.pairs(concatenate([one.train for one in hospitals]))
     records, first, start = {}, {}, 0
     for node, hospital in enumerate(hospitals, start=1):
-        owners, units = units_of(hospital.train, assignment.study.privacy.unit)
-        stop = start + len(owners)
-        records[node] = Records(
-            inputs[start:stop], targets[start:stop], torch.from_numpy(owners), units
-        )
+        stop = start + len(hospital.train)
+        records[node] = assignment.grouped(hospital.train, inputs[start:stop], targets[start:stop])
         first[node], start = start, stop
     return Cohort(inputs, targets, records, first)
 
@@ -264,11 +262,12 @@ def draw(round_: Round, lanes: Sequence[Lane]) -> Batch:
 
 
 def _draw_ragged(plan: StepPlan, cohort: Cohort, lanes: Sequence[Lane]) -> Batch:
-    chosen, owned, rows_each, units_each, before = [], [], [], [], 0
+    seen, chosen, owned, rows_each, units_each, before = [], [], [], [], [], 0
     for lane in lanes:
         records = cohort.records[lane.node]
         units = plan.sample(lane.stream, records.units)
         rows, owners = records.rows_of(units, plan.records_per_unit, lane.stream)
+        seen.append(records.look(rows, lane.stream))
         chosen.append(rows + cohort.first[lane.node])
         owned.append(owners + before)
         rows_each.append(len(rows))
@@ -276,7 +275,7 @@ def _draw_ragged(plan: StepPlan, cohort: Cohort, lanes: Sequence[Lane]) -> Batch
         before += len(units)
     rows = torch.cat(chosen)
     return Batch(
-        inputs=cohort.inputs[rows],
+        inputs=torch.cat(seen),
         targets=cohort.targets[rows],
         owners=torch.cat(owned),
         rows=Groups(tuple(rows_each)),

@@ -71,9 +71,11 @@ def images(**changes: Any) -> Study:
             "columns": [{"name": "x", "kind": "image", "shape": [8, 8]}],
         },
         public={"kind": "held_apart"},
-        teacher={"kind": "cnn", "hidden": [4, 6, 5]},
-        student={"kind": "cnn", "hidden": [3]},
-        **changes,
+        **{
+            "teacher": {"kind": "cnn", "hidden": [4, 6, 5]},
+            "student": {"kind": "cnn", "hidden": [3]},
+            **changes,
+        },
     )
 
 
@@ -179,6 +181,19 @@ def test_any_study_ends_with_the_same_weights(
     torch.testing.assert_close(weights_of(other), weights_of(one), rtol=2e-3, atol=2e-4)
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "views": {
+        "finetune__augment": {"flip": True},
+        "finetune__views": 3,
+        "federation__ema": 0.5,
+    },
+    "patches": {
+        "teacher": {"kind": "vit", "patch": 3, "width": 8, "depth": 1, "heads": 2},
+        "student": {"kind": "vit", "patch": 4, "width": 4, "depth": 1, "heads": 1},
+    },
+}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -190,11 +205,12 @@ def test_any_study_ends_with_the_same_weights(
     ],
     ids=lambda one: ",".join(one) or "default",
 )
-@pytest.mark.parametrize("kind", ["tables", "images"])
+@pytest.mark.parametrize("kind", ["tables", "images", "views", "patches"])
 def test_every_kind_of_study_is_stacked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, changes: dict[str, Any]
 ) -> None:
-    world = a_world((a_study if kind == "tables" else images)(**changes), [9, 14, 5, 20])
+    study = (a_study if kind == "tables" else images)(**KINDS.get(kind, {}), **changes)
+    world = a_world(study, [9, 14, 5, 20])
     expected = weights_of(trained(world, tmp_path / "one", "one-by-one"))
     asked: list[str] = []
     plain = simulate_module.one_by_one

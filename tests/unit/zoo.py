@@ -9,6 +9,8 @@ from opacus.layers import DPMultiheadAttention
 from torch import Tensor, nn
 
 from common.models.lora import add_lora
+from common.models.vision import VisionTransformer
+from common.modelspec import LoraSpec
 
 ROWS = 6
 
@@ -165,7 +167,7 @@ class Pairs(nn.Module):
 
 def lora() -> nn.Module:
     model = Attention()
-    add_lora(model, ("query", "value"), rank=2, seed=0)
+    add_lora(model, LoraSpec(kind="lora", rank=2), seed=0)
     nn.init.normal_(model.query.up.weight)  # type: ignore[union-attr, arg-type]
     nn.init.normal_(model.value.up.weight)  # type: ignore[union-attr, arg-type]
     return model
@@ -268,6 +270,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "attention": (Attention, sequences),
     "opacus attention": (OpacusAttention, sequences),
     "lora": (lora, sequences),
+    "vision transformer": (
+        lambda: nn.Sequential(
+            VisionTransformer((6, 8), patch=4, width=8, depth=2, heads=2), nn.Linear(8, 3)
+        ),
+        lambda: torch.randn(ROWS, 1, 6, 8),
+    ),
     "layer used thrice": (Recurrent, vectors),
     "idle layers": (PartlyUsed, vectors),
     "constant buffer": (PositionTable, sequences),
