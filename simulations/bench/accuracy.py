@@ -11,6 +11,8 @@ import numpy as np
 from common.study import load_study
 from simulations.bench.accuracy_imaging import imaging
 from simulations.bench.accuracy_molecules import molecules
+from simulations.bench.accuracy_prognosis import prognosis
+from simulations.bench.accuracy_treatment import treatment
 from simulations.bench.trained import (
     EXAMPLES,
     NON_PRIVATE,
@@ -72,6 +74,8 @@ ROWS: dict[str, Callable[[Path], dict[str, Any] | None]] = {
     "heart": heart,
     "imaging": imaging,
     "molecules": molecules,
+    "prognosis": prognosis,
+    "treatment": treatment,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ from simulations.evaluation import Scores, finished_models, score
 from simulations.hospitals import build_world, open_world, secret_noise
 from simulations.simulate import run_in_process
 
+Cast = Callable[[list[Hospital]], list[Hospital]]
+"""Which of the hospitals train."""
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "deploy" / "examples"
 SEEDS = (0, 1, 2, 3, 4)
 NON_PRIVATE: Mapping[str, Any] = {
@@ -30,7 +33,7 @@ NON_PRIVATE: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Trained:
-    """What a study ended with, and the hospitals it was trained at."""
+    """What a study ended with, and the hospitals of its world."""
 
     teacher: Teacher
     student: Student
@@ -38,20 +41,20 @@ class Trained:
     hospitals: list[Hospital]
 
 
-def trained(study: Study, data_folder: Path) -> Trained:
-    """Run ``study`` from beginning to end with fresh secret noise."""
+def trained(study: Study, data_folder: Path, *, cast: Cast = list) -> Trained:
+    """Run ``study`` from beginning to end with fresh secret noise; ``cast`` trains."""
     with tempfile.TemporaryDirectory(prefix="consilium-bench-") as temporary:
         world = build_world(study, data_folder)
         run = RunFolder.create(Path(temporary) / "run", study)
         noise = secret_noise(SecretNoise.generate().key, [site.name for site in world.sites])
         hospitals = open_world(world, noise)
-        run_in_process(study, run, hospitals, world.corpus, lambda _: None)
+        run_in_process(study, run, cast(hospitals), world.corpus, lambda _: None)
         return Trained(*finished_models(run, study), hospitals)
 
 
-def student_scores(study: Study, data_folder: Path) -> list[Scores]:
-    """The scores of the student that a run of ``study`` ends with."""
-    done = trained(study, data_folder)
+def student_scores(study: Study, data_folder: Path, *, cast: Cast = list) -> list[Scores]:
+    """The scores, at every hospital, of the student that a run of ``study`` ends with."""
+    done = trained(study, data_folder, cast=cast)
     return score(done.student, study, done.features, done.hospitals)
 
 
