@@ -88,6 +88,8 @@ def cell_text(column: Column, value: Any) -> str:
         return "·" if np.isnan(value) else f"{float(value):.6g}"
     if column.kind == "molecule":
         return str(value.decode()) or "·"
+    if column.kind == "text":
+        return f"{int((value > 0).sum())} tokens"
     if value < 0:
         return "·"
     return f"#{value}" if column.kind == "code" else str(column.categories[int(value)])

@@ -21,6 +21,7 @@ from client.training import charge_of, features_of, load_student, read_assignmen
 from common.errors import RefusalError
 from common.features import moment_count
 from common.learning.gradients import PerRecordGradients
+from common.models.sizes import record_numbers
 from common.privacy.budget import Charge
 from common.privacy.plan import combine_records
 from common.randomness import Stream
@@ -89,7 +90,8 @@ def _step(hospital: Hospital, task: AggregateTask, charge: Charge) -> Summand:
         units = plan.sample(stream, records.units)
         total = np.zeros(length, dtype=np.int64)
         seen_each = min(plan.records_per_unit, max(1, records.most)) * records.views
-        at_once = max(1, _CHUNK_NUMBERS // (length * seen_each))
+        numbers = length + record_numbers(assignment.model)
+        at_once = max(1, _CHUNK_NUMBERS // (numbers * seen_each))
         for chunk in torch.split(units, at_once):
             rows, owners = records.rows_of(chunk, plan.records_per_unit, stream)
             if len(rows):

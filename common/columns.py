@@ -21,6 +21,7 @@ from common.dictionary import Column
 from common.errors import DataError
 from common.molecules import LONGEST, atom_count, check_rdkit, compound
 from common.sources import ColumnMapping
+from common.text import tokeniser_of
 from common.units import Conversion, conversion
 
 _EXAMPLES = 3
@@ -296,6 +297,48 @@ class MoleculeReading:
         return self._counts.report(self._column, self._mapping)
 
 
+class TextReading:
+    """Texts as token ids int32 [rows, length], 0 behind a text's end; no text is kept.
+
+    Cells may be ids already: [rows, length] whole numbers, as a study that was laid out has them.
+    """
+
+    def __init__(self, column: Column, mapping: ColumnMapping) -> None:
+        self._column, self._mapping, self._counts = column, mapping, Counts()
+        self._tokeniser, self._absent = tokeniser_of(column), absent_words(mapping)
+        self.names = (column.name,)
+
+    def read(self, *cells: NDArray[Any]) -> NDArray[np.int32]:
+        """Ids [rows, length]; an empty cell has none."""
+        (given,) = cells
+        length = self._column.length or 0
+        if given.ndim == 1:
+            texts = ["" if key_of(one) in self._absent else str(one) for one in given]
+            ids = self._tokeniser.encode(texts, length)
+            self._counts.missing += texts.count("")
+        else:
+            ids = self._checked(given, length)
+            self._counts.missing += int((~ids.any(axis=1)).sum())
+        return ids
+
+    def report(self) -> ColumnReport:
+        """Counts over all chunks."""
+        return self._counts.report(self._column, self._mapping)
+
+    def _checked(self, given: NDArray[Any], length: int) -> NDArray[np.int32]:
+        inside = given.dtype.kind in "iu" and given.shape[1:] == (length,)
+        if not inside or (given.size and not 0 <= given.min() <= given.max() < self._size):
+            raise DataError(
+                f"column {self._column.name!r} expected texts, or {length} token ids below "
+                f"{self._size} a row, found {given.dtype} of shape {given.shape[1:]}"
+            )
+        return given.astype(np.int32)
+
+    @property
+    def _size(self) -> int:
+        return self._column.vocabulary or 0
+
+
 KINDS: dict[str, Callable[[Column, ColumnMapping], Reading]] = {
     "numeric": NumericReading,
     "binary": CategoryReading,
@@ -303,6 +346,7 @@ KINDS: dict[str, Callable[[Column, ColumnMapping], Reading]] = {
     "image": ImageReading,
     "code": CodeReading,
     "molecule": MoleculeReading,
+    "text": TextReading,
 }
 
 

@@ -38,6 +38,21 @@ class Scaling:
     moments: Mapping[str, tuple[float, float]]
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "moments": {name: list(pair) for name, pair in self.moments.items()},
+            "kept": {name: list(buckets) for name, buckets in self.kept.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Scaling:
+        """The same again."""
+        return cls(
+            {name: (mean, std) for name, (mean, std) in found["moments"].items()},
+            {name: tuple(buckets) for name, buckets in found["kept"].items()},
+        )
+
 
 def range_scaling(dictionary: Dictionary) -> Scaling:
     """Scaling from the dictionary's ``typical`` values, else from its plausible ranges.
@@ -197,7 +212,8 @@ class FeatureMap:
     A numeric column gives its scaled value (0 where missing); a binary one ±0.5 (0 where missing);
     a categorical one its one-hot code (zeros where missing), a code that of its bucket (zeros for
     buckets that are not kept). Each optional column adds an indicator that is 1 where the value is
-    missing. An image gives [1, height, width] in [-1, 1], a molecule what its ``Layout`` says.
+    missing. An image gives [1, height, width] in [-1, 1], a text its token ids, a molecule what its
+    ``Layout`` says.
     """
 
     dictionary: Dictionary
@@ -205,7 +221,7 @@ class FeatureMap:
 
     @property
     def image_shape(self) -> tuple[int, int] | None:
-        """Height and width for images, None for tables."""
+        """Height and width for images, None for others."""
         return self.dictionary.image_shape
 
     @property
@@ -213,6 +229,15 @@ class FeatureMap:
         """Where a molecule's inputs lie; None for other records."""
         column = self.dictionary.columns[0]
         return Layout(column.bits, column.atoms) if column.kind == "molecule" else None
+
+    @property
+    def text_shape(self) -> tuple[int, int] | None:
+        """Length and vocabulary of texts in tokens, None for others."""
+        text = self.dictionary.text
+        if text is None:
+            return None
+        assert text.length is not None and text.vocabulary is not None  # noqa: S101
+        return text.length, text.vocabulary
 
     def groups(self) -> list[slice]:
         """The input positions of each column, in order; masking hides whole columns. Of a molecule
@@ -240,7 +265,10 @@ class FeatureMap:
         return sum(_width(column) for column in self.dictionary.columns)
 
     def encode(self, table: Table) -> Tensor:
-        """Inputs of all records: [rows, width], or [rows, 1, height, width] for images."""
+        """Inputs of all records: [rows, width]; for images [rows, 1, height, width]; for texts
+        int64 [rows, length], 0 behind a text's end."""
+        if (text := self.dictionary.text) is not None:
+            return torch.from_numpy(table.values[text.name].astype(np.int64))
         if self.image_shape is not None:
             pixels = torch.from_numpy(table.values[self.dictionary.columns[0].name])
             return (pixels * 2.0 - 1.0)[:, None]

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from common.dictionary import Dictionary
 from common.errors import StudyError
-from common.modelspec import MODELS, MlpSpec, ModelSpec, kind_of
+from common.modelspec import MODELS, LoraSpec, MlpSpec, ModelSpec, PretrainedSpec, kind_of
 from common.privacy.units import PrivacyUnit, Relation, Trust
 from common.scenario import check_scenario, column_named
 from common.simulation import SimulationSpec
@@ -71,7 +71,8 @@ class AugmentSpec(Strict):
 class FinetuneSpec(Strict):
     """The teacher learns from patients, at the hospitals.
 
-    ``trainable``: ``head`` (the pre-trained encoder stays frozen) or ``all``.
+    ``trainable``: ``head`` (the pre-trained encoder stays frozen), ``lora`` (it stays frozen under
+    low-rank corrections, as ``lora`` says, which learn with the head) or ``all``.
     ``augment``: images are seen as random views; ``views`` of each in one step, whose gradients
     are averaged before the patient is clipped, so that they cost no more (De et al. 2022,
     arXiv 2204.13650, section 3.3).
@@ -80,10 +81,20 @@ class FinetuneSpec(Strict):
     rounds: Count
     local_steps: Count = 1
     sampling_rate: Fraction = 1.0
-    trainable: Literal["head", "all"] = "head"
+    trainable: Literal["head", "lora", "all"] = "head"
+    lora: LoraSpec | None = None
     augment: AugmentSpec | None = None
     views: Count = 1
     optimiser: OptimiserSpec
+
+    @model_validator(mode="after")
+    def _lora_is_asked_for(self) -> Self:
+        if (self.lora is not None) != (self.trainable == "lora"):
+            raise ValueError(
+                f"[finetune.lora] belongs to trainable = 'lora', and only to it (it may be empty); "
+                f"found trainable = {self.trainable!r}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _views_differ(self) -> Self:
@@ -372,6 +383,22 @@ class Study(Strict):
         return self
 
     @model_validator(mode="after")
+    def _pretrained_stays(self) -> Self:
+        changed = self.finetune.trainable == "all" or self.pretrain.steps > 0
+        if isinstance(self.teacher, PretrainedSpec) and changed:
+            raise ValueError(
+                f"teacher.kind = 'pretrained' comes trained and stays as it is: expected "
+                f"pretrain.steps = 0 and finetune.trainable 'head' or 'lora', found "
+                f"{self.pretrain.steps} and {self.finetune.trainable!r}"
+            )
+        if isinstance(self.student, PretrainedSpec):
+            raise ValueError(
+                "student.kind: 'pretrained' is for teachers, a student is small; did you mean "
+                "'transformer'?"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _evaluation_is_protected(self) -> Self:
         if self.privacy.trust is Trust.NONE and self.evaluation.epsilon is not None:
             raise ValueError(
@@ -384,7 +411,7 @@ class Study(Strict):
     def _scenario_can_be(self) -> Self:
         if self.simulation is not None and self.simulation.column is not None:
             column = column_named(self, self.simulation.column, "simulation.column")
-            if column.kind in ("image", "molecule"):
+            if column.kind in ("image", "text", "molecule"):
                 raise ValueError(
                     f"simulation.column: {column.kind}s have no quarters; name a number"
                 )

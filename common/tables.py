@@ -43,7 +43,8 @@ class Table:
 
     ``values``: numeric columns as float32 [rows] with NaN for missing; binary and categorical as
     category indices [rows] (the smallest integer type) with -1 for missing; images as float32
-    [rows, height, width]; molecules as canonical SMILES, bytes [rows].
+    [rows, height, width]; texts as token ids int32 [rows, length], 0 behind a text's end; molecules
+    as canonical SMILES, bytes [rows].
     ``labels`` [rows, …]: as the dictionary's kind of label has them; unknown throughout for public
     records.
     ``patients``: the identifier of each row's patient, as text [rows]. A molecule is its own: all

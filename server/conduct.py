@@ -6,6 +6,7 @@ to the result it would have had.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -161,7 +162,7 @@ def conduct(
     desk.note_hospitals(facts)
     if done is None or done.stage == "statistics":
         loss = pretrain(study, teacher, features, public)
-        facts["pretrain_loss"] = loss
+        facts["pretrain_loss"] = None if math.isnan(loss) else loss
         desk.report("pretrain", 1, 1, 0)
         run.checkpoint(_checkpoint("pretrain", 1, teacher, student, moments, facts))
     else:

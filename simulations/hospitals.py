@@ -230,7 +230,7 @@ def _write_table(table: Table, folder: Path) -> dict[str, Any]:
     """Write records in the dictionary's own terms; the source that reads them back."""
     folder.mkdir(parents=True, exist_ok=True)
     dictionary = table.dictionary
-    if dictionary.image_shape is not None:
+    if dictionary.modality != "table":
         column = dictionary.columns[0].name
         outcomes = zip(*(dictionary.label.cells(one) for one in table.labels), strict=True)
         arrays: dict[str, Any] = {column: table.values[column]}

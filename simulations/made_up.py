@@ -87,6 +87,9 @@ def _cells(column: Column, rows: int, generator: np.random.Generator) -> NDArray
     if column.kind == "image":
         assert column.shape is not None  # noqa: S101  (the dictionary refuses it otherwise)
         return generator.random((rows, *column.shape), dtype=np.float32)
+    if column.kind == "text":
+        assert column.length is not None and column.vocabulary is not None  # noqa: S101
+        return generator.integers(1, column.vocabulary, (rows, column.length)).astype(np.int32)
     if column.kind == "molecule":
         return generator.choice(_COMPOUNDS, rows).astype(f"S{LONGEST}")
     return generator.integers(0, column.buckets or len(column.categories), rows)

@@ -79,7 +79,7 @@ def study_section(
                     "teacher",
                     f"{teacher:,} parameters, pre-trained for {study.pretrain.steps} steps on "
                     f"the public data; the hospitals train "
-                    + ("its head" if study.finetune.trainable == "head" else "all of it")
+                    + _PARTS[study.finetune.trainable]
                     + f" for {study.finetune.rounds} rounds of {study.finetune.local_steps} "
                     + ("step" if study.finetune.local_steps == 1 else "steps"),
                 ),
@@ -239,6 +239,13 @@ def _charges_table(statement: Mapping[str, Any], none: bool) -> Html:
     )
 
 
+_PARTS = {
+    "head": "its head",
+    "lora": "its head and low-rank corrections",
+    "all": "all of it",
+}
+
+
 def _data_words(study: Study) -> str:
     spec = study.simulation
     if spec is None:
@@ -265,6 +272,8 @@ def _input_words(dictionary: Dictionary) -> str:
         return f"an image of {height} × {width} pixels"
     if dictionary.modality == "molecule":
         return "a molecule, given as SMILES"
+    if dictionary.text is not None:
+        return f"a text of up to {dictionary.text.length} tokens"
     kinds = [column.kind for column in dictionary.columns]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     optional = sum(column.optional for column in dictionary.columns)

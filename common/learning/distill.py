@@ -63,9 +63,11 @@ def mixtures(corpus: Tensor, rows: int, generator: torch.Generator) -> Tensor:
     """``rows`` new records between pairs of public ones, with a little noise.
 
     Mixing (Zhang et al. 2018) covers the space between records, where the student must also agree
-    with its teacher.
+    with its teacher. Between two texts there is none: they stay as they are.
     """
     first = corpus[torch.randint(len(corpus), (rows,), generator=generator)]
+    if not corpus.is_floating_point():
+        return first
     second = corpus[torch.randint(len(corpus), (rows,), generator=generator)]
     weight = torch.rand(rows, *([1] * (corpus.dim() - 1)), generator=generator)
     # Half of the records stay as they are.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -20,6 +21,7 @@ from common.learning.layers import (
 )
 from common.learning.loop import Gradient
 from common.learning.records import Records
+from common.models.sizes import record_numbers, rows_at_once
 from common.privacy.plan import StepPlan, combine_records
 from common.randomness import Stream
 from common.tensors import set_vector, trainable
@@ -35,11 +37,6 @@ __all__ = [
     "plain_gradient",
     "private_gradient",
 ]
-
-# Per-record gradients of at most so many numbers are held at once (float32: 128 MiB).
-_CHUNK_NUMBERS = 32 * 2**20
-# More records than this gain no speed from being taken together, and their activations cost memory.
-_CHUNK_ROWS = 4096
 
 
 class Engine(Protocol):
@@ -98,7 +95,7 @@ class PerRecordGradients:
 
     def rows_at_once(self, *, one_record_each: bool) -> int:  # noqa: ARG002
         """All d numbers of each record are held."""
-        return _rows(self.size)
+        return rows_at_once(self.size + record_numbers(self.model))
 
     def __call__(self, weights: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Per-record gradients [rows, d] at ``weights`` [d]."""
@@ -169,7 +166,8 @@ class GhostNorms:
 
     def rows_at_once(self, *, one_record_each: bool) -> int:
         """At worst every layer's gradients are held, embeddings excepted."""
-        return _rows(self._held if one_record_each else self.size)
+        held = self._held if one_record_each else self.size
+        return rows_at_once(held + record_numbers(self.model))
 
     def clipped_sums(
         self,
@@ -267,6 +265,9 @@ def plain_gradient(
 ) -> Gradient:
     """The same mean over the same samples, neither clipped nor noised: for the comparison only."""
 
+    def summed(inputs: Tensor, targets: Tensor, share: Tensor) -> Tensor:
+        return (loss(model(inputs), targets) * share).sum() / expected_units
+
     def gradient(weights: Tensor) -> Tensor:
         units = plan.sample(stream, records.units)
         if len(units) == 0:
@@ -274,11 +275,14 @@ def plain_gradient(
         rows, owners = records.rows_of(units, plan.records_per_unit, stream)
         inputs = records.look(rows, stream)
         share = 1.0 / torch.bincount(owners)[owners].float()
-        return _backward(
-            model,
-            weights,
-            lambda: (loss(model(inputs), records.targets[rows]) * share).sum() / expected_units,
-        )
+        total = torch.zeros_like(weights)
+        at_once = rows_at_once(record_numbers(model))
+        for some in zip(
+            *(torch.split(one, at_once) for one in (inputs, records.targets[rows], share)),
+            strict=True,
+        ):
+            total += _backward(model, weights, partial(summed, *some))
+        return total
 
     return gradient
 
@@ -351,7 +355,3 @@ def _parts(owners: Tensor, units: int, each: Engine) -> Iterator[tuple[int, int,
 
 def _one_record_each(owners: Tensor, units: int) -> bool:
     return len(owners) == units and torch.equal(owners, torch.arange(units))
-
-
-def _rows(numbers_per_row: int) -> int:
-    return max(1, min(_CHUNK_ROWS, _CHUNK_NUMBERS // max(1, numbers_per_row)))

@@ -11,8 +11,10 @@ from torch import nn
 
 from common.features import FeatureMap
 from common.models.families import family_of
+from common.models.lora import add_lora
 from common.models.networks import Student, Teacher
-from common.modelspec import MlpSpec
+from common.models.pretrained import PinnedEncoder
+from common.modelspec import LoraSpec, MlpSpec
 from common.study import Study
 from common.tasks import task_of
 
@@ -35,6 +37,8 @@ def build_teacher(study: Study, features: FeatureMap) -> Teacher:
     teacher = Teacher(encoder, width=width, skip=skip, outputs=task_of(study).outputs)
     initialise(teacher, seed=study.seed)
     nn.init.zeros_(teacher.head.weight)  # before the first patient, no opinion
+    if study.finetune.lora is not None:
+        _adapt(encoder, study.finetune.lora, seed=study.seed)
     return teacher
 
 
@@ -53,19 +57,29 @@ def learner(study: Study, teacher: Teacher) -> nn.Module:
     return teacher.head if study.finetune.trainable == "head" else teacher
 
 
+def _adapt(encoder: nn.Module, spec: LoraSpec, *, seed: int) -> None:
+    if isinstance(encoder, PinnedEncoder):
+        encoder.adapt(spec, seed=seed)
+    else:
+        add_lora(encoder, spec, seed=seed)
+
+
 def initialise(module: nn.Module, *, seed: int) -> None:
     """Draw all weights anew from ``seed``: public randomness, equal everywhere.
 
-    Uniform in ±1/√fan_in, as ``torch`` itself does for linear and convolution layers; normalisation
-    layers start as the identity.
+    Uniform in ±1/√fan_in, as ``torch`` itself does for linear and convolution layers (of an
+    embedding: ±1/√width); normalisation layers start as the identity.
     """
     generator = torch.Generator().manual_seed(seed)
     for layer in module.modules():
         weight = getattr(layer, "weight", None)
-        if not isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) or weight is None:
+        if (
+            not isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.Embedding)
+            or weight is None
+        ):
             continue
         bound = 1 / math.sqrt(weight[0].numel())
-        for parameter in (weight, layer.bias):
+        for parameter in (weight, getattr(layer, "bias", None)):
             if parameter is not None:
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,8 +18,8 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Mix positions of each record by itself."""
+    def forward(self, inputs: Tensor, present: Tensor | None = None) -> Tensor:
+        """Mix positions of each record by itself; of those ``present`` [rows, T], if given."""
         rows, positions, width = inputs.shape
 
         def split(layer: nn.Module) -> Tensor:
@@ -29,9 +27,11 @@ class SelfAttention(nn.Module):
             return answer.reshape(rows, positions, self.heads, -1).transpose(1, 2)
 
         query, key, value = split(self.query), split(self.key), split(self.value)
-        weights = torch.softmax(query @ key.mT / math.sqrt(query.shape[-1]), dim=-1)
-        mixed = (weights @ value).transpose(1, 2).reshape(rows, positions, width)
-        return self.out(mixed)  # type: ignore[no-any-return]
+        # Finite, so that a record without any token has an answer, and gradients.
+        least = torch.finfo(inputs.dtype).min
+        mask = None if present is None else (~present[:, None, None]).to(inputs.dtype) * least
+        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.out(mixed.transpose(1, 2).reshape(rows, positions, width))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -45,65 +45,8 @@ class Block(nn.Module):
         self.up = nn.Linear(width, wider * width)
         self.down = nn.Linear(wider * width, width)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, present: Tensor | None = None) -> Tensor:
         """[rows, T, width] → the same."""
-        inputs = inputs + self.attention(self.first_norm(inputs))
+        inputs = inputs + self.attention(self.first_norm(inputs), present)
         wide = functional.gelu(self.up(self.second_norm(inputs)))
         return inputs + self.down(wide)  # type: ignore[no-any-return]
-
-
-class VisionTransformer(nn.Module):
-    """An image as a sequence of its patches (Dosovitskiy et al. 2021, arXiv 2010.11929).
-
-    [rows, 1, h, w] → [rows, width]. A patch's place is told by sines and cosines, which are not
-    learned (as in He et al. 2022, arXiv 2111.06377): no noise ever falls on them. The code is the
-    mean over patches, normalised: a bounded code bounds a head's gradient. An image is filled up
-    with zeros to whole patches.
-    """
-
-    places: Tensor
-
-    def __init__(
-        self, shape: tuple[int, int], *, patch: int, width: int, depth: int, heads: int
-    ) -> None:
-        super().__init__()
-        self.patch = patch
-        down, across = (-(-size // patch) for size in shape)
-        self.embed = nn.Linear(patch * patch, width)
-        self.register_buffer("places", place_codes(down, across, width), persistent=False)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """A code of each record."""
-        tokens = self.embed(patches(images, self.patch)) + self.places
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.norm(tokens.mean(dim=1))  # type: ignore[no-any-return]
-
-
-def patches(images: Tensor, size: int) -> Tensor:
-    """Square patches of ``size`` pixels, row by row: [rows, 1, h, w] → [rows, T, size²].
-
-    >>> patches(torch.arange(8.0).view(1, 1, 2, 4), 2)
-    tensor([[[0., 1., 4., 5.],
-             [2., 3., 6., 7.]]])
-    """
-    height, width = images.shape[-2:]
-    whole = functional.pad(images, (0, -width % size, 0, -height % size))
-    return functional.unfold(whole, size, stride=size).mT
-
-
-def place_codes(down: int, across: int, width: int) -> Tensor:
-    """Sines and cosines of each place of a grid [down · across, width] (Vaswani et al. 2017,
-    section 3.5): one half of the numbers for the row, the other for the column."""
-    half = width // 2
-    rows = _waves(down, half)[:, None].expand(-1, across, -1)
-    columns = _waves(across, width - half)[None].expand(down, -1, -1)
-    return torch.cat([rows, columns], dim=-1).reshape(down * across, width)
-
-
-def _waves(places: int, width: int) -> Tensor:
-    rates = 10_000.0 ** (-torch.arange(0, width, 2) / width)
-    angles = torch.arange(places)[:, None] * rates
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width]

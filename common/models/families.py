@@ -11,9 +11,11 @@ from torch import nn
 from common import plugins
 from common.errors import StudyError
 from common.features import FeatureMap
-from common.models.attention import VisionTransformer
 from common.models.graphs import GraphEncoder
 from common.models.networks import First, image_encoder, image_student, table_encoder
+from common.models.pretrained import PinnedEncoder
+from common.models.transformer import TokenEncoder
+from common.models.vision import VisionTransformer
 from common.modelspec import ModelSpec, OwnSpec
 
 
@@ -77,11 +79,42 @@ def _vit_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:
     return nn.Sequential(encoder, nn.Linear(width, outputs))
 
 
+def _transformer_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
+    assert features.text_shape is not None  # noqa: S101
+    length, vocabulary = features.text_shape
+    encoder = TokenEncoder(
+        vocabulary=vocabulary,
+        length=length,
+        width=spec.width,
+        layers=spec.layers,
+        heads=spec.heads,
+    )
+    return encoder, spec.width
+
+
+def _transformer_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:
+    encoder, width = _transformer_encoder(spec, features)
+    return nn.Sequential(encoder, nn.Linear(width, outputs))
+
+
+def _pretrained_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
+    encoder = PinnedEncoder(spec, features)
+    return encoder, encoder.width
+
+
+def _no_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:  # noqa: ARG001
+    raise StudyError(
+        "student.kind: 'pretrained' is for teachers; a student is small: 'transformer'"
+    )
+
+
 _FAMILIES: Mapping[str, Family] = {
     "mlp": Family(_mlp_encoder, _mlp_student),
     "cnn": Family(_cnn_encoder, _cnn_student),
     "vit": Family(_vit_encoder, _vit_student),
     "graph": Family(_graph_encoder, _graph_student),
+    "transformer": Family(_transformer_encoder, _transformer_student),
+    "pretrained": Family(_pretrained_encoder, _no_student),
 }
 
 

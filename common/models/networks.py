@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from common.models.pretrained import PinnedEncoder
+
 
 class Teacher(nn.Module):
     """An encoder, pre-trained on public data, and a linear head for the study's question.
@@ -29,7 +31,8 @@ class Teacher(nn.Module):
 
     def represent(self, inputs: Tensor) -> Tensor:
         """What the head sees of each record: [rows, width + skip]."""
-        code: Tensor = self.encoder(inputs)
+        answers = self.encoder.recall if isinstance(self.encoder, PinnedEncoder) else self.encoder
+        code: Tensor = answers(inputs)
         return torch.cat([code, inputs[:, : self.skip]], dim=1) if self.skip else code
 
 

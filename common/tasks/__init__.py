@@ -39,9 +39,10 @@ class Entry:
 TASKS: dict[str, Entry] = {
     "diagnosis": Entry(classification, ("table",), ("classes",)),
     "imaging": Entry(classification, ("image",), ("classes",)),
+    "notes": Entry(classification, ("text",), ("classes",)),
     "screening": Entry(classification, ("molecule",), ("classes",)),
-    "regression": Entry(regression, ("table", "image", "molecule"), ("number",)),
-    "several": Entry(several, ("table", "image", "molecule"), ("several",)),
+    "regression": Entry(regression, ("table", "image", "text", "molecule"), ("number",)),
+    "several": Entry(several, ("table", "image", "text", "molecule"), ("several",)),
     "prognosis": Entry(prognosis, ("table", "image"), ("survival",)),
     "prognosis-mass": Entry(prognosis_by_mass, ("table", "image"), ("survival",)),
     "treatment": Entry(treatment, ("table", "image"), ("effect",)),

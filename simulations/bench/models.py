@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from common.models.attention import Block
 from common.models.lora import add_lora
 from common.models.networks import image_student
+from common.modelspec import LoraSpec
 
 VOCABULARY = 512
 TOKENS = 64
@@ -76,6 +77,7 @@ class Transformer(nn.Module):
 def lora_transformer(width: int = WIDTH) -> nn.Module:
     """Two layers; LoRA of rank 8 on every attention and MLP layer, and the head."""
     model = Transformer(width=width)
-    add_lora(model, ("query", "key", "value", "out", "up", "down"), rank=8, seed=0)
+    layers = ("query", "key", "value", "out", "up", "down")
+    add_lora(model, LoraSpec(kind="lora", layers=layers), seed=0)
     model.head.requires_grad_(True)
     return model

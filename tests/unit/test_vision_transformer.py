@@ -11,8 +11,8 @@ from common.errors import StudyError
 from common.features import FeatureMap, range_scaling
 from common.learning.pretrain import mask_for
 from common.models import build_student, build_teacher
-from common.models.attention import VisionTransformer, patches, place_codes
 from common.models.checks import check_private, check_records_apart
+from common.models.vision import VisionTransformer, patches, place_codes
 from common.study import Study, load_study
 from common.tensors import get_vector
 from simulations.bench.trained import EXAMPLES

@@ -8,8 +8,9 @@ import torch
 from opacus.layers import DPMultiheadAttention
 from torch import Tensor, nn
 
-from common.models.attention import VisionTransformer
 from common.models.lora import add_lora
+from common.models.vision import VisionTransformer
+from common.modelspec import LoraSpec
 
 ROWS = 6
 
@@ -166,7 +167,7 @@ class Pairs(nn.Module):
 
 def lora() -> nn.Module:
     model = Attention()
-    add_lora(model, ("query", "value"), rank=2, seed=0)
+    add_lora(model, LoraSpec(kind="lora", rank=2), seed=0)
     nn.init.normal_(model.query.up.weight)  # type: ignore[union-attr, arg-type]
     nn.init.normal_(model.value.up.weight)  # type: ignore[union-attr, arg-type]
     return model
