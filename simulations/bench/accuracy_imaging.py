@@ -23,13 +23,14 @@ _SEEDS = (0, 1, 2)
 _FREE: Mapping[str, Any] = {
     **NON_PRIVATE,
     "finetune__rounds": 150,
+    "finetune__optimiser__learning_rate": 0.2,
     "finetune__augment": {"shift": 2.0, "rotation_deg": 10.0},
 }
 _SKEWED: Mapping[str, Any] = {
     "simulation__partition": "label_skew",
     "simulation__concentration": 0.5,
 }
-_TIMED_ROWS, _TIMES = 256, 20
+_TIMED_ROWS, _TIMES = 64, 100
 
 
 def imaging(data_folder: Path) -> dict[str, Any] | None:
