@@ -74,7 +74,7 @@ class FinetuneSpec(Strict):
     low-rank corrections, as ``lora`` says, which learn with the head) or ``all``.
     ``augment``: images are seen as random views; ``views`` of each in one step, whose gradients
     are averaged before the patient is clipped, so that they cost no more (De et al. 2022,
-    arXiv 2204.13650, section 3.3).
+    arXiv 2204.13650).
     """
 
     rounds: Count
@@ -214,7 +214,7 @@ class FederationSpec(Strict):
     ``tail_average``: the share of the last rounds whose models are averaged; free, and under
     noise usually better than the last one alone (Polyak & Juditsky 1992).
     ``ema``: or all rounds' models are averaged, each counting so many times as much as the next:
-    an exponential moving average, free as well (De et al. 2022, arXiv 2204.13650, section 3.4).
+    an exponential moving average, free as well (De et al. 2022, arXiv 2204.13650).
     """
 
     rule: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedprox"] = "fedavg"
