@@ -7,6 +7,8 @@ and counts what was odd.
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,7 +19,9 @@ from numpy.typing import NDArray
 
 from common.dictionary import Column
 from common.errors import DataError
+from common.molecules import LONGEST, atom_count, check_rdkit, compound
 from common.sources import ColumnMapping
+from common.text import tokeniser_of
 from common.units import Conversion, conversion
 
 _EXAMPLES = 3
@@ -209,11 +213,140 @@ class ImageReading:
         return self._counts.report(self._column, self._mapping)
 
 
+class CodeReading:
+    """Codes as buckets of a public hash, -1 where missing, in the smallest integers that hold them.
+
+    A cell ``#12`` names bucket 12 itself: what was written out from a table that was read.
+    """
+
+    def __init__(self, column: Column, mapping: ColumnMapping) -> None:
+        self._column, self._mapping, self._counts = column, mapping, Counts()
+        self._recode = recoding(mapping, column.name)
+        self._absent = {key_of(code) for code in column.missing} | absent_words(mapping) | {""}
+        assert column.buckets is not None  # noqa: S101  (the dictionary refuses it otherwise)
+        self._type = np.min_scalar_type(-column.buckets)
+        self.names = (column.name,)
+
+    def read(self, *cells: NDArray[Any]) -> NDArray[Any]:
+        """Cells of any type, spelled as they stand: 250.00 and 250 may be different codes."""
+        codes, different = pd.factorize(cells[0].astype(object), use_na_sentinel=False)
+        words = [str(value).strip() for value in different]
+        buckets = [bucket_of(self._column, self._recode.get(word, word)) for word in words]
+        table = np.array(
+            [
+                -1 if word in self._absent else bucket
+                for word, bucket in zip(words, buckets, strict=True)
+            ],
+            dtype=self._type,
+        )
+        values = table[codes] if words else np.empty(0, self._type)
+        self._counts.missing += int((values < 0).sum())
+        return values
+
+    def report(self) -> ColumnReport:
+        """Counts over all chunks."""
+        changed = f"{self._column.buckets} buckets by a public hash"
+        return self._counts.report(self._column, self._mapping, changed)
+
+
+def bucket_of(column: Column, code: str) -> int:
+    """The bucket of a code at every hospital: SHA-256 of the column's name and the code's prefix.
+
+    >>> from common.dictionary import Column
+    >>> diagnosis = Column(name="diagnosis", kind="code", prefix=3, buckets=64)
+    >>> bucket_of(diagnosis, "250.83") == bucket_of(diagnosis, "250")
+    True
+    """
+    assert column.buckets is not None  # noqa: S101
+    named = re.fullmatch(r"#(\d+)", code)
+    if named and int(named[1]) < column.buckets:
+        return int(named[1])
+    digest = hashlib.sha256(f"{column.name}|{code[: column.prefix]}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % column.buckets
+
+
+class MoleculeReading:
+    """Compounds as canonical SMILES (bytes; see ``molecules.compound``), empty where unreadable.
+
+    ``unmapped`` counts what is no structure, ``out_of_range`` what has more atoms than its graph.
+    """
+
+    def __init__(self, column: Column, mapping: ColumnMapping) -> None:
+        check_rdkit()
+        self._column, self._mapping, self._counts = column, mapping, Counts()
+        self._absent = {key_of(code) for code in column.missing} | absent_words(mapping)
+        self.names = (column.name,)
+
+    def read(self, *cells: NDArray[Any]) -> NDArray[np.bytes_]:
+        """Text, each different one parsed once."""
+        codes, keys = keys_of(cells[0])
+        found = ["" if key in self._absent else compound(key) for key in keys]
+        unread = np.array([not one for one in found], bool)
+        odd = unread & np.array([key not in self._absent for key in keys], bool)
+        large = np.array([0 < self._column.atoms < atom_count(one) for one in found], bool)
+        counts = self._counts
+        if keys:
+            counts.missing += int(unread[codes].sum())
+            counts.unmapped += int(odd[codes].sum())
+            counts.out_of_range += int(large[codes].sum())
+            counts.add_examples({key for key, is_odd in zip(keys, odd, strict=True) if is_odd})
+        return np.array(found, dtype=f"S{LONGEST}")[codes] if keys else np.empty(0, f"S{LONGEST}")
+
+    def report(self) -> ColumnReport:
+        """Counts over all chunks."""
+        return self._counts.report(self._column, self._mapping)
+
+
+class TextReading:
+    """Texts as token ids int32 [rows, length], 0 behind a text's end; no text is kept.
+
+    Cells may be ids already: [rows, length] whole numbers, as a study that was laid out has them.
+    """
+
+    def __init__(self, column: Column, mapping: ColumnMapping) -> None:
+        self._column, self._mapping, self._counts = column, mapping, Counts()
+        self._tokeniser, self._absent = tokeniser_of(column), absent_words(mapping)
+        self.names = (column.name,)
+
+    def read(self, *cells: NDArray[Any]) -> NDArray[np.int32]:
+        """Ids [rows, length]; an empty cell has none."""
+        (given,) = cells
+        length = self._column.length or 0
+        if given.ndim == 1:
+            texts = ["" if key_of(one) in self._absent else str(one) for one in given]
+            ids = self._tokeniser.encode(texts, length)
+            self._counts.missing += texts.count("")
+        else:
+            ids = self._checked(given, length)
+            self._counts.missing += int((~ids.any(axis=1)).sum())
+        return ids
+
+    def report(self) -> ColumnReport:
+        """Counts over all chunks."""
+        return self._counts.report(self._column, self._mapping)
+
+    def _checked(self, given: NDArray[Any], length: int) -> NDArray[np.int32]:
+        inside = given.dtype.kind in "iu" and given.shape[1:] == (length,)
+        if not inside or (given.size and not 0 <= given.min() <= given.max() < self._size):
+            raise DataError(
+                f"column {self._column.name!r} expected texts, or {length} token ids below "
+                f"{self._size} a row, found {given.dtype} of shape {given.shape[1:]}"
+            )
+        return given.astype(np.int32)
+
+    @property
+    def _size(self) -> int:
+        return self._column.vocabulary or 0
+
+
 KINDS: dict[str, Callable[[Column, ColumnMapping], Reading]] = {
     "numeric": NumericReading,
     "binary": CategoryReading,
     "categorical": CategoryReading,
     "image": ImageReading,
+    "code": CodeReading,
+    "molecule": MoleculeReading,
+    "text": TextReading,
 }
 
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, Tag
+from pydantic import Field, Tag, field_validator, model_validator
 
-from common.strict import Count, Strict, told_by_kind
+from common.pins import Pinned
+from common.strict import Count, Positive, Strict, told_by_kind
 
 Setting = bool | int | float | str
 
 
 class MlpSpec(Strict):
-    """Layers of plain numbers, for tables.
+    """Layers of plain numbers, for tables and the fingerprints of molecules.
 
     ``hidden``: widths of the hidden layers. ``skip``: the head also sees the inputs themselves
     (a teacher only).
     """
 
-    reads: ClassVar[tuple[str, ...]] = ("table",)
+    reads: ClassVar[tuple[str, ...]] = ("table", "molecule")
 
     kind: Literal["mlp"] = "mlp"
     hidden: tuple[Count, ...] = Field(min_length=1)
@@ -35,6 +36,75 @@ class CnnSpec(Strict):
     hidden: tuple[Count, ...] = Field(min_length=1)
 
 
+class VitSpec(Strict):
+    """A vision transformer, for images (Dosovitskiy et al. 2021).
+
+    ``patch``: pixels on a side of the patches that it sees as one; ``width``: numbers of each,
+    and of the code; ``depth``: layers; ``heads`` share the width.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ("image",)
+
+    kind: Literal["vit"]
+    patch: Count = 4
+    width: Count = 64
+    depth: Count = 2
+    heads: Count = 4
+
+    @model_validator(mode="after")
+    def _heads_share(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"heads: expected a divisor of width {self.width}, found {self.heads}")
+        return self
+
+
+class GraphSpec(Strict):
+    """Messages between bonded atoms (Gilmer et al. 2017), for molecules; needs the column's
+    ``atoms``. ``hidden``: the width of the atoms after each layer of messages; a teacher's last is
+    the width of its code."""
+
+    reads: ClassVar[tuple[str, ...]] = ("molecule",)
+
+    kind: Literal["graph"]
+    hidden: tuple[Count, ...] = Field(min_length=2)
+
+
+class TransformerSpec(Strict):
+    """Attention over tokens, for texts; trained from nothing.
+
+    ``layers``: 0 leaves a bag of words with learned embeddings of ``width`` numbers.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ("text",)
+
+    kind: Literal["transformer"]
+    width: Count = 64
+    layers: Annotated[int, Field(ge=0)] = 2
+    heads: Count = 4
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(
+                f"expected a width that heads divide, found {self.width} and {self.heads}"
+            )
+        return self
+
+
+class PretrainedSpec(Pinned):
+    """A model that others pre-trained, for texts; a teacher only, and never fetched.
+
+    ``folder``: its folder below ``CONSILIUM_MODELS``, in Hugging Face's layout. ``sha256``: of its
+    ``model.safetensors``. ``layers``: whose outputs, each averaged over the tokens, make the code;
+    -1 is the last.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ("text",)
+
+    kind: Literal["pretrained"]
+    layers: tuple[int, ...] = Field((-1,), min_length=1)
+
+
 class OwnSpec(Strict):
     """A network that somebody else wrote (docs/own-task.md).
 
@@ -42,18 +112,61 @@ class OwnSpec(Strict):
     ``module:object``. ``settings``: what it wants to know.
     """
 
-    reads: ClassVar[tuple[str, ...]] = ("table", "image")
+    reads: ClassVar[tuple[str, ...]] = ("table", "image", "text", "molecule")
 
     kind: Literal["own"]
     family: str = Field(min_length=1)
     settings: dict[str, Setting | tuple[Setting, ...]] = {}
 
 
-MODELS: tuple[type[MlpSpec | CnnSpec | OwnSpec], ...] = (MlpSpec, CnnSpec, OwnSpec)
+class LoraSpec(Strict):
+    """Low-rank corrections of frozen layers (Hu et al. 2021), for ``trainable = "lora"``.
+
+    ``kind``: ``ffa`` draws one factor from the study's seed and trains the other (FFA-LoRA, Sun et
+    al. 2024, arXiv 2403.12313): then the mean of hospitals' factors is the mean of their
+    corrections, and noise enters linearly; ``lora`` trains both.
+    ``rank``: of a correction; ``scale`` / ``rank`` multiplies it. ``layers``: the last names of the
+    Linear layers to be corrected.
+    """
+
+    kind: Literal["ffa", "lora"] = "ffa"
+    rank: Count = 8
+    scale: Positive = 16.0
+    layers: tuple[str, ...] = Field(("query", "value"), min_length=1)
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _no_dora(cls, kind: object) -> object:
+        if kind == "dora":
+            raise ValueError(f"{NO_DORA}; did you mean 'ffa' or 'lora'?")
+        return kind
+
+
+NO_DORA = (
+    "DoRA divides a layer's weight by its norm, which is recomputed from what is trained: no rule "
+    "gives a record's own gradient of that"
+)
+
+
+_Spec = MlpSpec | CnnSpec | VitSpec | GraphSpec | TransformerSpec | PretrainedSpec | OwnSpec
+
+MODELS: tuple[type[_Spec], ...] = (
+    MlpSpec,
+    CnnSpec,
+    VitSpec,
+    GraphSpec,
+    TransformerSpec,
+    PretrainedSpec,
+    OwnSpec,
+)
 
 ModelSpec = Annotated[
     Annotated[MlpSpec, Tag("mlp")]
     | Annotated[CnnSpec, Tag("cnn")]
+    | Annotated[VitSpec, Tag("vit")]
+    | Annotated[GraphSpec, Tag("graph")]
+    | Annotated[TransformerSpec, Tag("transformer")]
+    | Annotated[PretrainedSpec, Tag("pretrained")]
     | Annotated[OwnSpec, Tag("own")],
     told_by_kind("mlp"),
 ]

@@ -13,6 +13,8 @@ from common.study import Study
 from common.tasks import Measure
 from server.store import RunFolder
 from simulations.comparison import CurvePoint
+from simulations.cost import measured_stages, model_costs, ratios
+from simulations.cost_words import cost_section
 from simulations.display import model_cells, model_headings, released_words
 from simulations.evaluation import finished_models, round_curve, score, together
 from simulations.markup import Content, Html, data_table, element, listed, note, page, paragraph
@@ -82,6 +84,7 @@ def write_run_report(run_folder: Path) -> Path:
         *_rounds(run, study, hospitals),
         *_outcomes(run, study, hospitals),
         *scenario_section(study, summary),
+        cost_section(ratios(*model_costs(study)), measured_stages(run)),
         privacy_section(statement),
         part("Limits", listed([SIMULATED, _ONE_RUN, *small_hospitals(tested)])),
         reproduce_section(

@@ -7,15 +7,14 @@ from torch import Tensor, nn
 
 from common.models.checks import check_records_apart
 from common.models.networks import Teacher
-
-_ROWS_AT_ONCE = 4096
+from common.models.sizes import record_numbers, rows_at_once
 
 
 def answer(model: nn.Module, inputs: Tensor) -> Tensor:
     """Answers [rows, outputs] in evaluation mode, without gradients, in bounded memory."""
     model.eval()
     with torch.no_grad():
-        return torch.cat([model(chunk) for chunk in torch.split(inputs, _ROWS_AT_ONCE)])
+        return torch.cat([model(part) for part in _parts(model, inputs)])
 
 
 def codes(teacher: Teacher, inputs: Tensor) -> Tensor:
@@ -24,7 +23,11 @@ def codes(teacher: Teacher, inputs: Tensor) -> Tensor:
     Raises PrivacyError when the encoder mixes records: a record's code would then tell of others,
     however well its own gradient is clipped.
     """
-    check_records_apart(teacher.encoder, inputs)
+    check_records_apart(teacher.encoder, inputs, learning=False)
     teacher.eval()
     with torch.no_grad():
-        return torch.cat([teacher.represent(part) for part in torch.split(inputs, _ROWS_AT_ONCE)])
+        return torch.cat([teacher.represent(part) for part in _parts(teacher, inputs)])
+
+
+def _parts(model: nn.Module, inputs: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(inputs, rows_at_once(record_numbers(model)))

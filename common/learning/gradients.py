@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from common.learning.capture import Capture, LayerCall, Loss
+from common.learning.capture import Capture, LayerCall, LayerGradient, Loss
 from common.learning.groups import Groups
 from common.learning.layers import (
     Held,
-    LayerGradient,
     LayerSum,
     Sums,
     ghost,
@@ -21,6 +21,7 @@ from common.learning.layers import (
 )
 from common.learning.loop import Gradient
 from common.learning.records import Records
+from common.models.sizes import record_numbers, rows_at_once
 from common.privacy.plan import StepPlan, combine_records
 from common.randomness import Stream
 from common.tensors import set_vector, trainable
@@ -36,11 +37,6 @@ __all__ = [
     "plain_gradient",
     "private_gradient",
 ]
-
-# Per-record gradients of at most so many numbers are held at once (float32: 128 MiB).
-_CHUNK_NUMBERS = 32 * 2**20
-# More records than this gain no speed from being taken together, and their activations cost memory.
-_CHUNK_ROWS = 4096
 
 
 class Engine(Protocol):
@@ -99,7 +95,7 @@ class PerRecordGradients:
 
     def rows_at_once(self, *, one_record_each: bool) -> int:  # noqa: ARG002
         """All d numbers of each record are held."""
-        return _rows(self.size)
+        return rows_at_once(self.size + record_numbers(self.model))
 
     def __call__(self, weights: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Per-record gradients [rows, d] at ``weights`` [d]."""
@@ -143,11 +139,9 @@ class PerRecordGradients:
         return _clipped(self.capture.parameters, layers, groups, plan, present)
 
     def _gradients(self, inputs: Tensor, targets: Tensor) -> list[LayerGradient]:
-        return [
-            gradient
-            for calls in _by_layer(self.capture(self.loss, inputs, targets))
-            for gradient in record_gradients(calls)
-        ]
+        seen = self.capture(self.loss, inputs, targets)
+        ruled = [one for calls in _by_layer(seen.calls) for one in record_gradients(calls)]
+        return ruled + seen.gradients
 
 
 class GhostNorms:
@@ -164,7 +158,7 @@ class GhostNorms:
         self._per_record = PerRecordGradients(model, loss)
         self._capture = self._per_record.capture
         self.size = self._capture.size
-        self._held = sum(held_numbers(module) for module in model.modules())
+        self._held = sum(map(held_numbers, self._capture.learners))
 
     def check(self, like: Tensor) -> None:
         """See ``Engine``."""
@@ -172,7 +166,8 @@ class GhostNorms:
 
     def rows_at_once(self, *, one_record_each: bool) -> int:
         """At worst every layer's gradients are held, embeddings excepted."""
-        return _rows(self._held if one_record_each else self.size)
+        held = self._held if one_record_each else self.size
+        return rows_at_once(held + record_numbers(self.model))
 
     def clipped_sums(
         self,
@@ -188,8 +183,10 @@ class GhostNorms:
             return self._per_record.clipped_sums(inputs, targets, owners, groups, plan, present)
         if len(inputs) == 0:
             return torch.zeros(len(groups), self.size)
-        calls = self._capture(self.loss, inputs, targets)
-        layers = [ghost(one) for one in _by_layer(calls)]
+        seen = self._capture(self.loss, inputs, targets)
+        layers = [ghost(one) for one in _by_layer(seen.calls)]
+        if seen.gradients:
+            layers.append(Held(seen.gradients))
         return _clipped(self._capture.parameters, layers, groups, plan, present)
 
 
@@ -208,7 +205,7 @@ def clipped_sum(
 
 
 def choose_engine(model: nn.Module, loss: Loss, records: Records) -> Engine:
-    """Ghost norms when every unit has one record, otherwise per-record gradients.
+    """Ghost norms when every unit has one record, seen once; otherwise per-record gradients.
 
     Measured on one core, ghost norms over per-record gradients in time for 16 to 256 records: a
     linear head 0.9, MLPs of width 16 and 64 0.6 to 0.9, an MLP of width 512 0.04 to 0.5 (and none
@@ -218,7 +215,8 @@ def choose_engine(model: nn.Module, loss: Loss, records: Records) -> Engine:
 
     Raises PrivacyError when ``model`` has no per-record gradients.
     """
-    return (GhostNorms if records.one_each else PerRecordGradients)(model, loss)
+    alone = records.one_each and records.views == 1
+    return (GhostNorms if alone else PerRecordGradients)(model, loss)
 
 
 def private_gradient(
@@ -245,7 +243,7 @@ def private_gradient(
             total += clipped_sum(
                 each,
                 weights,
-                records.inputs[chosen],
+                records.look(chosen, stream),
                 records.targets[chosen],
                 owners[part] - start,
                 stop - start,
@@ -267,20 +265,24 @@ def plain_gradient(
 ) -> Gradient:
     """The same mean over the same samples, neither clipped nor noised: for the comparison only."""
 
+    def summed(inputs: Tensor, targets: Tensor, share: Tensor) -> Tensor:
+        return (loss(model(inputs), targets) * share).sum() / expected_units
+
     def gradient(weights: Tensor) -> Tensor:
         units = plan.sample(stream, records.units)
         if len(units) == 0:
             return torch.zeros_like(weights)
         rows, owners = records.rows_of(units, plan.records_per_unit, stream)
+        inputs = records.look(rows, stream)
         share = 1.0 / torch.bincount(owners)[owners].float()
-        return _backward(
-            model,
-            weights,
-            lambda: (
-                (loss(model(records.inputs[rows]), records.targets[rows]) * share).sum()
-                / expected_units
-            ),
-        )
+        total = torch.zeros_like(weights)
+        at_once = rows_at_once(record_numbers(model))
+        for some in zip(
+            *(torch.split(one, at_once) for one in (inputs, records.targets[rows], share)),
+            strict=True,
+        ):
+            total += _backward(model, weights, partial(summed, *some))
+        return total
 
     return gradient
 
@@ -353,7 +355,3 @@ def _parts(owners: Tensor, units: int, each: Engine) -> Iterator[tuple[int, int,
 
 def _one_record_each(owners: Tensor, units: int) -> bool:
     return len(owners) == units and torch.equal(owners, torch.arange(units))
-
-
-def _rows(numbers_per_row: int) -> int:
-    return max(1, min(_CHUNK_ROWS, _CHUNK_NUMBERS // max(1, numbers_per_row)))

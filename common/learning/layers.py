@@ -13,28 +13,20 @@ Three ways to get a record's norm in a layer, each exact or rounded *up*, never 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from opacus import GradSampleModule
 from torch import Tensor, nn
 
-from common.learning.capture import LayerCall
+from common.learning.capture import LayerCall, LayerGradient
 from common.learning.groups import Groups
+from common.models.checks import has_rule
 
 Sums = dict[nn.Parameter, Tensor]
 """A parameter's sum over each of K groups: K · numel numbers, group by group."""
 
 _ROUNDING = torch.finfo(torch.float32).eps
-
-
-@dataclass(frozen=True, eq=False)
-class LayerGradient:
-    """Per-record gradients [rows, …] of one parameter."""
-
-    parameter: nn.Parameter
-    each: Tensor
 
 
 def record_gradients(calls: list[LayerCall]) -> list[LayerGradient]:
@@ -148,7 +140,8 @@ def held_numbers(layer: nn.Module) -> int:
     """Numbers per record that ``ghost`` holds for this layer, at worst."""
     if isinstance(layer, nn.Embedding):
         return 0
-    return sum(one.numel() for one in layer.parameters(recurse=False) if one.requires_grad)
+    numbers = sum(one.numel() for one in layer.parameters() if one.requires_grad)
+    return numbers if has_rule(layer) else 2 * numbers  # its own weights, and their gradient
 
 
 def _sum_of_squares(flats: list[Tensor]) -> Tensor:

@@ -6,15 +6,23 @@ gradients), so they could never be carried over to patients' data.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from common.features import FeatureMap
 from common.learning.gradients import batch_gradient
 from common.learning.loop import run
 from common.models import Teacher, initialise
+from common.models.lora import uncorrected
+from common.models.pretrained import PinnedEncoder
+from common.models.transformer import TokenEncoder, longest
+from common.modelspec import VitSpec
 from common.study import Study
 from common.tensors import get_vector, set_vector
+from common.text import PADDING
 
 _PATCH = 4  # pixels on a side, as in small masked autoencoders (He et al. 2022)
 _WATCHED_SHARE = 8  # one in so many public records is kept to watch the loss on
@@ -23,26 +31,45 @@ _WATCHED_SHARE = 8  # one in so many public records is kept to watch the loss on
 def pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tensor) -> float:
     """Train ``teacher``'s encoder in place on ``corpus`` [rows, …]; the final loss on held rows.
 
-    The decoder serves only here and is thrown away.
+    The decoder serves only here and is thrown away. An encoder that comes trained only takes the
+    centre of the corpus; its loss is NaN.
     """
+    if isinstance(teacher.encoder, PinnedEncoder):
+        teacher.encoder.centre_on(corpus)
+        return math.nan
+    with uncorrected(teacher.encoder):
+        return _pretrain(study, teacher, features, corpus)
+
+
+def _pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tensor) -> float:
     spec = study.pretrain
-    decoder = nn.Linear(teacher.width, corpus[0].numel())
+    encoder = teacher.encoder
+    if isinstance(encoder, TokenEncoder):
+        decoder, hidden_loss = nn.Linear(teacher.width, encoder.hidden_id), _hidden_tokens
+    else:
+        decoder, hidden_loss = nn.Linear(teacher.width, corpus[0].numel()), _hidden_error
     initialise(decoder, seed=study.seed + 2)
-    pair = nn.Sequential(teacher.encoder, decoder)
+    pair = nn.Sequential(encoder, decoder)
     generator = torch.Generator().manual_seed(study.seed)
     held = max(1, len(corpus) // _WATCHED_SHARE)
     watched, training = corpus[:held], corpus[held:] if len(corpus) > held else corpus
-    watched_mask = mask_for(features, watched, spec.mask_rate, torch.Generator().manual_seed(0))
+    # A patch that a transformer sees as one is hidden as one.
+    patch = study.teacher.patch if isinstance(study.teacher, VitSpec) else _PATCH
+
+    def mask(batch: Tensor, source: torch.Generator) -> Tensor:
+        return mask_for(features, batch, spec.mask_rate, source, patch=patch)
+
+    watched_mask = mask(watched, torch.Generator().manual_seed(0))
 
     def objective() -> Tensor:
         rows = torch.randint(len(training), (spec.batch,), generator=generator)
         batch = training[rows]
-        return _hidden_error(pair, batch, mask_for(features, batch, spec.mask_rate, generator))
+        return hidden_loss(pair, batch, mask(batch, generator))
 
     def watch(weights: Tensor) -> float:
         set_vector(pair, weights)
         with torch.no_grad():
-            return float(_hidden_error(pair, watched, watched_mask))
+            return float(hidden_loss(pair, watched, watched_mask))
 
     start = get_vector(pair)
     weights = (
@@ -56,26 +83,47 @@ def pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tenso
 
 
 def mask_for(
-    features: FeatureMap, batch: Tensor, rate: float, generator: torch.Generator
+    features: FeatureMap,
+    batch: Tensor,
+    rate: float,
+    generator: torch.Generator,
+    *,
+    patch: int = _PATCH,
 ) -> Tensor:
-    """True where an input is hidden: whole columns of a table, whole patches of an image."""
+    """True where an input is hidden: whole columns of a table, tokens, whole patches of an image,
+    ``patch`` pixels on a side."""
     rows = len(batch)
+    if features.text_shape is not None:
+        return (torch.rand(batch.shape, generator=generator) < rate) & (batch != PADDING)
     if features.image_shape is None:
         mask = torch.zeros(batch.shape, dtype=torch.bool)
         groups = features.groups()
         hidden = torch.rand(rows, len(groups), generator=generator) < rate
-        for index, group in enumerate(groups):
-            mask[:, group] = hidden[:, index, None]
+        widths = torch.tensor([group.stop - group.start for group in groups])
+        column = torch.repeat_interleave(torch.arange(len(groups)), widths)
+        mask[:, : len(column)] = hidden[:, column]
         return mask
     height, width = features.image_shape
     patches = (
-        torch.rand(rows, 1, -(-height // _PATCH), -(-width // _PATCH), generator=generator) < rate
+        torch.rand(rows, 1, -(-height // patch), -(-width // patch), generator=generator) < rate
     )
-    grown = patches.repeat_interleave(_PATCH, 2).repeat_interleave(_PATCH, 3)
+    grown = patches.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
     return grown[:, :, :height, :width]
 
 
-def _hidden_error(pair: nn.Module, batch: Tensor, mask: Tensor) -> Tensor:
+def _hidden_error(pair: nn.Sequential, batch: Tensor, mask: Tensor) -> Tensor:
     """Mean squared error on the hidden inputs."""
     guessed: Tensor = pair(batch.masked_fill(mask, 0.0)).view_as(batch)
     return ((guessed - batch)[mask]).square().mean() if mask.any() else guessed.sum() * 0.0
+
+
+def _hidden_tokens(pair: nn.Sequential, batch: Tensor, mask: Tensor) -> Tensor:
+    """Mean cross-entropy of the hidden tokens (Devlin et al. 2019), each a part of its record's."""
+    encoder, decoder = pair
+    assert isinstance(encoder, TokenEncoder)  # noqa: S101  (who else is asked about tokens)
+    end = longest(batch)
+    batch, mask = batch[:, :end], mask[:, :end]
+    states = encoder.states(batch.masked_fill(mask, encoder.hidden_id))
+    if not mask.any():
+        return states.sum() * 0.0
+    return functional.cross_entropy(decoder(states[mask]), batch[mask])

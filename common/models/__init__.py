@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from common.features import FeatureMap
 from common.models.families import family_of
+from common.models.lora import add_lora
 from common.models.networks import Student, Teacher
-from common.modelspec import MlpSpec
+from common.models.pretrained import PinnedEncoder
+from common.modelspec import LoraSpec, MlpSpec
 from common.study import Study
 from common.tasks import task_of
 
@@ -27,17 +31,21 @@ __all__ = [
 def build_teacher(study: Study, features: FeatureMap) -> Teacher:
     """The teacher at its random start, the same for everyone with the study's seed."""
     spec = study.teacher
-    encoder, width = family_of(spec).encoder(spec, features)
-    skip = features.width if isinstance(spec, MlpSpec) and spec.skip else 0
+    with _drawing(study.seed):
+        encoder, width = family_of(spec).encoder(spec, features)
+    skip = features.numbers if isinstance(spec, MlpSpec) and spec.skip else 0
     teacher = Teacher(encoder, width=width, skip=skip, outputs=task_of(study).outputs)
     initialise(teacher, seed=study.seed)
     nn.init.zeros_(teacher.head.weight)  # before the first patient, no opinion
+    if study.finetune.lora is not None:
+        _adapt(encoder, study.finetune.lora, seed=study.seed)
     return teacher
 
 
 def build_student(study: Study, features: FeatureMap) -> Student:
     """The student at its random start."""
-    network = family_of(study.student).student(study.student, features, task_of(study).outputs)
+    with _drawing(study.seed + 1):
+        network = family_of(study.student).student(study.student, features, task_of(study).outputs)
     student = Student(network)
     initialise(student, seed=study.seed + 1)
     return student
@@ -49,21 +57,39 @@ def learner(study: Study, teacher: Teacher) -> nn.Module:
     return teacher.head if study.finetune.trainable == "head" else teacher
 
 
+def _adapt(encoder: nn.Module, spec: LoraSpec, *, seed: int) -> None:
+    if isinstance(encoder, PinnedEncoder):
+        encoder.adapt(spec, seed=seed)
+    else:
+        add_lora(encoder, spec, seed=seed)
+
+
 def initialise(module: nn.Module, *, seed: int) -> None:
     """Draw all weights anew from ``seed``: public randomness, equal everywhere.
 
-    Uniform in ±1/√fan_in, as ``torch`` itself does for linear and convolution layers; normalisation
-    layers start as the identity.
+    Uniform in ±1/√fan_in, as ``torch`` itself does for linear and convolution layers (of an
+    embedding: ±1/√width); normalisation layers start as the identity.
     """
     generator = torch.Generator().manual_seed(seed)
     for layer in module.modules():
         weight = getattr(layer, "weight", None)
-        if not isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) or weight is None:
+        if (
+            not isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.Embedding)
+            or weight is None
+        ):
             continue
         bound = 1 / math.sqrt(weight[0].numel())
-        for parameter in (weight, layer.bias):
+        for parameter in (weight, getattr(layer, "bias", None)):
             if parameter is not None:
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """What a network draws for itself, for layers that ``initialise`` does not know."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -7,12 +7,14 @@ Noise grows with the number of trained parameters; rank ``r`` trains ``r·(in + 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import StudyError
+from common.modelspec import LoraSpec
 
 
 class LoraLinear(nn.Module):
@@ -53,22 +55,28 @@ class LoraLinear(nn.Module):
         return layer
 
 
-def add_lora(
-    model: nn.Module, names: Iterable[str], *, rank: int, scale: float = 16.0, seed: int
-) -> list[str]:
-    """Freeze ``model`` and adapt every Linear whose last name is in ``names``; in place.
+def add_lora(model: nn.Module, spec: LoraSpec, *, seed: int) -> list[str]:
+    """Freeze ``model`` and correct every Linear whose last name is in ``spec.layers``; in place.
 
-    Returns the full names of the adapted layers; the corrections are the same for everyone with
-    the same ``seed``. Raises StudyError when no layer has such a name.
+    Returns the full names of the corrected layers. With ``kind = "ffa"`` only ``up`` learns, and
+    ``down`` is public; both are the same for everyone with the same ``seed``. Raises StudyError
+    when no layer has such a name, or one of them is of another kind.
     """
-    wanted = set(names)
+    wanted = set(spec.layers)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    found = [
+    named = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in wanted
+        if name.rpartition(".")[2] in wanted and not isinstance(module, nn.ModuleList)
     ]
+    for name, module in named:
+        if isinstance(module, nn.Embedding):
+            raise StudyError(
+                f"lora.layers: {name!r} is an Embedding, whose rows are looked up: which of them a "
+                f"correction changes would tell a record's tokens; name Linear layers"
+            )
+    found = [(name, module) for name, module in named if isinstance(module, nn.Linear)]
     if not found:
         have = sorted(
             {
@@ -83,9 +91,27 @@ def add_lora(
         )
     for name, module in found:
         parent, _, last = name.rpartition(".")
-        setattr(
-            model.get_submodule(parent),
-            last,
-            LoraLinear(module, rank=rank, scale=scale, generator=generator),
-        )
+        layer = LoraLinear(module, rank=spec.rank, scale=spec.scale, generator=generator)
+        layer.down.requires_grad_(spec.kind == "lora")
+        setattr(model.get_submodule(parent), last, layer)
     return [name for name, _ in found]
+
+
+@contextmanager
+def uncorrected(model: nn.Module) -> Iterator[None]:
+    """Within, the frozen layers learn and the corrections, still zero, do not: pre-training."""
+    corrections = {
+        id(parameter)
+        for layer in model.modules()
+        if isinstance(layer, LoraLinear)
+        for part in (layer.down, layer.up)
+        for parameter in part.parameters()
+    }
+    before = [(one, one.requires_grad) for one in model.parameters()]
+    for parameter, _ in before:
+        parameter.requires_grad_(id(parameter) not in corrections)
+    try:
+        yield
+    finally:
+        for parameter, learnt in before:
+            parameter.requires_grad_(learnt)

@@ -11,6 +11,8 @@ from common.dictionary import Dictionary
 from common.errors import nearest
 from common.tasks.classification import classification
 from common.tasks.prognosis import prognosis, prognosis_by_mass
+from common.tasks.regression import regression
+from common.tasks.several import several
 from common.tasks.task import Floats, Measure, Task, Unreleased
 from common.tasks.treatment import treatment, treatment_effect
 
@@ -37,6 +39,10 @@ class Entry:
 TASKS: dict[str, Entry] = {
     "diagnosis": Entry(classification, ("table",), ("classes",)),
     "imaging": Entry(classification, ("image",), ("classes",)),
+    "notes": Entry(classification, ("text",), ("classes",)),
+    "screening": Entry(classification, ("molecule",), ("classes",)),
+    "regression": Entry(regression, ("table", "image", "text", "molecule"), ("number",)),
+    "several": Entry(several, ("table", "image", "text", "molecule"), ("several",)),
     "prognosis": Entry(prognosis, ("table", "image"), ("survival",)),
     "prognosis-mass": Entry(prognosis_by_mass, ("table", "image"), ("survival",)),
     "treatment": Entry(treatment, ("table", "image"), ("effect",)),

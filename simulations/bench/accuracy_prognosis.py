@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from common.study import load_study
-from simulations.bench.accuracy import (
+from simulations.bench.trained import (
     EXAMPLES,
     NON_PRIVATE,
     SEEDS,
@@ -25,18 +26,18 @@ _UNCLIPPED: dict[str, Any] = {
 }
 
 
-def brca(data_folder: Path) -> dict[str, Any] | None:
+def prognosis(data_folder: Path) -> dict[str, Any] | None:
     """C-index over all patients, each predicted by the student whose fold left it out, per seed."""
     folder = find_folder(data_folder, "tcga_brca", _FILE)
     if folder is None:
         return None
     study = load_study(EXAMPLES / "brca.toml")
-    arms: dict[str, dict[str, Any]] = {
-        "nonprivate_cindex": NON_PRIVATE | _UNCLIPPED,
+    arms: dict[str, Mapping[str, Any]] = {
+        "nonprivate_cindex": {**NON_PRIVATE, **_UNCLIPPED},
         "eps3_cindex": {"privacy__epsilon": 3.0},
     }
 
-    def seed_cindex(seed: int, changes: dict[str, Any]) -> float:
+    def seed_cindex(seed: int, changes: Mapping[str, Any]) -> float:
         scores = [
             one
             for fold in range(study.evaluation.folds)

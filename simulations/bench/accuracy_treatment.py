@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from common.learning.metrics import mean_interval
 from common.study import Study, load_study
 from simulations.arms import under_one_roof
-from simulations.bench.accuracy import EXAMPLES, NON_PRIVATE, find_folder, student_scores
+from simulations.bench.trained import EXAMPLES, NON_PRIVATE, find_folder, student_scores
 from simulations.evaluation import together
 from simulations.hospitals import pooled
 
@@ -28,7 +28,7 @@ REPLICATES = tuple(range(1, 11))
 _SPREADS = 10  # outcomes are held within so many spreads of their middle
 
 
-def effects(data_folder: Path) -> dict[str, Any] | None:
+def treatment(data_folder: Path) -> dict[str, Any] | None:
     """√PEHE of the student over all hospitals' test patients, mean over ten replicates each:
     trained together, on pooled data, and (mean over all patients) by each hospital alone."""
     ihdp = find_folder(data_folder, "treatment_effect/ihdp", "ihdp_npci_1.csv")

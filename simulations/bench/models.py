@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from common.models.attention import Block
 from common.models.lora import add_lora
 from common.models.networks import image_student
+from common.modelspec import LoraSpec
 
 VOCABULARY = 512
 TOKENS = 64
@@ -56,49 +57,6 @@ def cnn() -> nn.Module:
     return image_student((28, 28), (16, 32, 80), 2)
 
 
-class SelfAttention(nn.Module):
-    """Attention over all positions, made of Linear layers: [rows, T, width] → the same."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Mix positions of each record by itself."""
-        rows, positions, width = inputs.shape
-
-        def split(layer: nn.Module) -> Tensor:
-            answer: Tensor = layer(inputs)
-            return answer.reshape(rows, positions, self.heads, -1).transpose(1, 2)
-
-        query, key, value = split(self.query), split(self.key), split(self.value)
-        weights = torch.softmax(query @ key.mT / math.sqrt(query.shape[-1]), dim=-1)
-        mixed = (weights @ value).transpose(1, 2).reshape(rows, positions, width)
-        return self.out(mixed)  # type: ignore[no-any-return]
-
-
-class Block(nn.Module):
-    """One pre-norm transformer layer."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.first_norm = nn.LayerNorm(width)
-        self.attention = SelfAttention(width, heads)
-        self.second_norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """[rows, T, width] → the same."""
-        inputs = inputs + self.attention(self.first_norm(inputs))
-        wide = nn.functional.gelu(self.up(self.second_norm(inputs)))
-        return inputs + self.down(wide)  # type: ignore[no-any-return]
-
-
 class Transformer(nn.Module):
     """Words in, one answer a record out: [rows, T] → [rows, outputs]."""
 
@@ -119,6 +77,7 @@ class Transformer(nn.Module):
 def lora_transformer(width: int = WIDTH) -> nn.Module:
     """Two layers; LoRA of rank 8 on every attention and MLP layer, and the head."""
     model = Transformer(width=width)
-    add_lora(model, ("query", "key", "value", "out", "up", "down"), rank=8, seed=0)
+    layers = ("query", "key", "value", "out", "up", "down")
+    add_lora(model, LoraSpec(kind="lora", layers=layers), seed=0)
     model.head.requires_grad_(True)
     return model

@@ -10,7 +10,7 @@ import pytest
 
 from common.study import load_study
 from common.tensors import load_tensors
-from simulations.bench.accuracy import NON_PRIVATE
+from simulations.bench.trained import NON_PRIVATE
 from simulations.run_report import write_run_report
 from simulations.simulate import Engine, simulate
 from simulations.summary import summarise

@@ -23,6 +23,7 @@ from common.learning.gradients import (
     private_gradient,
 )
 from common.learning.records import Records
+from common.models import sizes
 from common.models.lora import LoraLinear
 from common.privacy.plan import StepPlan, combine_records
 from common.privacy.units import PrivacyUnit, Relation
@@ -226,7 +227,7 @@ def test_memory_and_engine_change_no_noise(
         return torch.cat([gradient(get_vector(model)) for _ in range(3)])
 
     whole = release(PerRecordGradients(model, loss))
-    monkeypatch.setattr(engines, "_CHUNK_ROWS", at_once)
+    monkeypatch.setattr(sizes, "_MOST_ROWS", at_once)
     torch.testing.assert_close(release(engine(model, loss)), whole, rtol=1e-4, atol=1e-5)
 
 

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from common.features import FeatureMap, range_scaling
-from common.learning import gradients as module
 from common.learning.gradients import PerRecordGradients, plain_gradient, private_gradient
 from common.learning.records import Records
-from common.models import build_student, build_teacher
+from common.models import build_student, build_teacher, sizes
 from common.privacy.plan import StepPlan, combine_records
 from common.privacy.units import PrivacyUnit, Relation
 from common.randomness import SeededNoise, Stream
@@ -217,7 +216,7 @@ def test_chunks_do_not_change_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     records = records_for([1, 3, 2, 1, 4, 1, 1, 2])
     whole = silent(records, clip=0.5)
     for numbers in (1, 3 * 8 * (SIZE + 1), 10**9):
-        monkeypatch.setattr(module, "_CHUNK_NUMBERS", numbers)
+        monkeypatch.setattr(sizes, "_NUMBERS", numbers)
         torch.testing.assert_close(silent(records, clip=0.5), whole, rtol=1e-5, atol=1e-6)
 
 

@@ -1,0 +1,63 @@
+"""A small transformer over tokens, made of layers that have per-record gradient rules."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from common.models.attention import Block
+from common.text import PADDING
+
+
+class TokenEncoder(nn.Module):
+    """Token ids [rows, T] → code [rows, width]: embeddings, blocks, and the mean over tokens.
+
+    ``layers = 0`` is a bag of words with learned embeddings. Ids run from 0 (padding) to
+    ``vocabulary - 1``; ``hidden_id``, one beyond, stands for a token hidden in pre-training.
+    """
+
+    def __init__(self, *, vocabulary: int, length: int, width: int, layers: int, heads: int):
+        super().__init__()
+        self.hidden_id = vocabulary
+        self.width = width
+        self.record_numbers = activations(length=length, width=width, layers=layers, heads=heads)
+        self.words = nn.Embedding(vocabulary + 1, width, padding_idx=PADDING)
+        self.places = nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """What each position holds after the last block: [rows, T, width]."""
+        rows, positions = tokens.shape
+        # Records come first in every trainable layer's input, or they have no own gradient.
+        places = torch.arange(positions).expand(rows, positions)
+        states: Tensor = self.words(tokens) + self.places(places)
+        present = tokens != PADDING
+        for block in self.blocks:
+            states = block(states, present)
+        return self.norm(states)  # type: ignore[no-any-return]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The mean over the record's own tokens, of length about 1: it bounds a head's gradient."""
+        tokens = tokens[:, : longest(tokens)]
+        return mean_of_tokens(self.states(tokens), tokens) / math.sqrt(self.width)
+
+
+def longest(tokens: Tensor) -> int:
+    """Positions up to the last token of any row; 1 at least."""
+    used = (tokens != PADDING).any(dim=0).nonzero()
+    return int(used.max()) + 1 if len(used) else 1
+
+
+def mean_of_tokens(states: Tensor, tokens: Tensor) -> Tensor:
+    """Mean of ``states`` [rows, T, width] over the positions that hold a token; 0 for none."""
+    present = (tokens != PADDING).to(states.dtype)[..., None]
+    return (states * present).sum(dim=1) / present.sum(dim=1).clamp(min=1)
+
+
+def activations(*, length: int, width: int, layers: int, heads: int) -> int:
+    """Numbers that a step holds for one record, about: values and derivatives of every layer."""
+    # Per position: two norms, four projections, two residuals and twice a hidden layer of 4 widths.
+    return 2 * length * (layers * (16 * width + 2 * heads * length) + 2 * width)
