@@ -109,24 +109,16 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, groups: Groups) -> Tensor:
         ctx.save_for_backward(inputs, weight)
         ctx.groups = groups
-        return _product(inputs, weight.mT, groups)
+        return groups.times(inputs, weight.mT)
 
     @staticmethod
     def backward(ctx: Any, derivative: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         inputs, weight = ctx.saved_tensors
         wanted, learns, _ = ctx.needs_input_grad
-        asked = _product(derivative, weight, ctx.groups) if wanted else None
+        asked = ctx.groups.times(derivative, weight) if wanted else None
         if not learns:
             return asked, None, None
-        lines = ctx.groups.lines(derivative)
-        return asked, torch.bmm(lines.mT, ctx.groups.lines(inputs)), None
-
-
-def _product(rows: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
-    """``rows`` [rows, …, a] times ``matrices`` [K, a, b]: [rows, …, b]."""
-    blocks = torch.bmm(groups.lines(rows), matrices)
-    shape = (len(groups), groups.longest, *rows.shape[1:-1], matrices.shape[2])
-    return groups.unblocked(blocks.view(shape))
+        return asked, ctx.groups.outer(derivative, inputs), None
 
 
 def _linear(layer: nn.Linear, inputs: Tensor, own: Own, groups: Groups) -> Tensor:

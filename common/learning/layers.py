@@ -49,9 +49,22 @@ def _rule(call: LayerCall) -> dict[nn.Parameter, Tensor]:
         between = range(1, derivative.dim() - len(layer.normalized_shape))
         each = normal * derivative
         return {layer.weight: each.sum(dim=tuple(between)) if between else each}
+    if isinstance(layer, nn.Linear) and call.inputs.dim() == 3:
+        return _linear_gradients(call)
     rule = GradSampleModule.GRAD_SAMPLERS[type(layer)]
     gradients: dict[nn.Parameter, Tensor] = rule(layer, [call.inputs], derivative)
     return gradients
+
+
+def _linear_gradients(call: LayerCall) -> dict[nn.Parameter, Tensor]:
+    """Opacus's rule as one batched product: its einsum takes as long again to find that product."""
+    layer: Any = call.layer
+    found: dict[nn.Parameter, Tensor] = {}
+    if layer.weight.requires_grad:
+        found[layer.weight] = torch.bmm(call.derivative.mT, call.inputs)
+    if layer.bias is not None and layer.bias.requires_grad:
+        found[layer.bias] = call.derivative.sum(dim=1)
+    return found
 
 
 class LayerSum(Protocol):
@@ -99,12 +112,11 @@ class GhostLinear:
         """See ``LayerSum``."""
         layer: Any = self._call.layer
         derivative = _sound(self._call.derivative, sound)
-        weighted = groups.lines(derivative * _like(factors, derivative))
+        weighted = derivative * _like(factors, derivative)
         if layer.weight.requires_grad:
-            seen = groups.lines(_sound(self._call.inputs, sound))
-            into[layer.weight] = torch.bmm(weighted.mT, seen)
+            into[layer.weight] = groups.outer(weighted, _sound(self._call.inputs, sound))
         if layer.bias is not None and layer.bias.requires_grad:
-            into[layer.bias] = weighted.sum(dim=1)
+            into[layer.bias] = groups.lines(weighted).sum(dim=1)
 
 
 class GhostEmbedding:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -29,12 +27,11 @@ class SelfAttention(nn.Module):
             return answer.reshape(rows, positions, self.heads, -1).transpose(1, 2)
 
         query, key, value = split(self.query), split(self.key), split(self.value)
-        scores = query @ key.mT / math.sqrt(query.shape[-1])
-        if present is not None:
-            # Finite, so that a record without any token has an answer, and gradients.
-            scores = scores.masked_fill(~present[:, None, None], torch.finfo(scores.dtype).min)
-        mixed = (torch.softmax(scores, dim=-1) @ value).transpose(1, 2)
-        return self.out(mixed.reshape(rows, positions, width))  # type: ignore[no-any-return]
+        # Finite, so that a record without any token has an answer, and gradients.
+        least = torch.finfo(inputs.dtype).min
+        mask = None if present is None else (~present[:, None, None]).to(inputs.dtype) * least
+        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.out(mixed.transpose(1, 2).reshape(rows, positions, width))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):

@@ -39,6 +39,7 @@ CHECKPOINTED = (
     "gradient checkpointing runs a layer twice for one step, so that its records would be counted "
     "twice; switch it off"
 )
+_MADE_UP_TOKENS = 8
 
 
 def check_private(model: nn.Module) -> None:
@@ -120,8 +121,9 @@ def check_records_apart(model: nn.Module, like: Tensor, *, learning: bool = True
     if like.is_floating_point():
         made_up = torch.cos(torch.arange(math.prod(shape), dtype=like.dtype) ** 1.5).reshape(shape)
     else:
-        # The record that is compared holds ones: zeros would be padding, whose answer is fixed.
-        made_up = torch.stack([torch.full(shape[1:], row, dtype=like.dtype) for row in (1, 0)])
+        # A short text of ones is compared: zeros would be padding, whose answer is fixed.
+        made_up = torch.zeros(shape, dtype=like.dtype)
+        made_up[0, ..., :_MADE_UP_TOKENS] = 1
     rows_seen: list[tuple[nn.Module, tuple[int, ...], tuple[int, ...]]] = []
 
     def note(layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
