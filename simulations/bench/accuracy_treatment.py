@@ -24,8 +24,6 @@ from simulations.bench.trained import EXAMPLES, NON_PRIVATE, find_folder, studen
 from simulations.evaluation import together
 from simulations.hospitals import pooled
 
-# Without noise nothing is gained by clipping.
-_UNCLIPPED = {**NON_PRIVATE, "privacy__clip_norm": 10.0}
 REPLICATES = tuple(range(1, 11))
 _SPREADS = 10  # outcomes are held within so many spreads of their middle
 
@@ -38,11 +36,11 @@ def treatment(data_folder: Path) -> dict[str, Any] | None:
     if ihdp is None or acic is None:
         return None
     rows: dict[str, Any] = {"replicates": len(REPLICATES)}
-    study = load_study(EXAMPLES / "ihdp.toml").revised(**_UNCLIPPED)
+    study = load_study(EXAMPLES / "ihdp.toml").revised(**NON_PRIVATE)
     rows |= _figures(
         "ihdp_sqrt_pehe", [arms(ihdp_replicate(study, ihdp, one), ihdp) for one in REPLICATES]
     )
-    study = load_study(EXAMPLES / "acic.toml").revised(**_UNCLIPPED)
+    study = load_study(EXAMPLES / "acic.toml").revised(**NON_PRIVATE)
     with tempfile.TemporaryDirectory(prefix="consilium-acic-") as temporary:
         folder = Path(temporary)
         rows |= _figures(
