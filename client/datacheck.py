@@ -86,9 +86,13 @@ def cell_text(column: Column, value: Any) -> str:
     """One value as the study means it; a dot where it is missing."""
     if column.kind == "numeric":
         return "·" if np.isnan(value) else f"{float(value):.6g}"
+    if column.kind == "molecule":
+        return str(value.decode()) or "·"
     if column.kind == "text":
         return f"{int((value > 0).sum())} tokens"
-    return "·" if value < 0 else str(column.categories[int(value)])
+    if value < 0:
+        return "·"
+    return f"#{value}" if column.kind == "code" else str(column.categories[int(value)])
 
 
 def ascii_picture(grey: NDArray[np.float32]) -> list[str]:

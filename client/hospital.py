@@ -20,12 +20,13 @@ from client.safe import DATES_PURPOSE, Safe, open_safe
 from client.sources.reading import read_records
 from common.errors import DataError, RefusalError
 from common.identity import PublicIdentity
+from common.molecules import scaffold_folds
 from common.privacy.units import PrivacyUnit
 from common.randomness import NoiseSource, SecretNoise, SeededNoise
 from common.secagg import AggregationPolicy
 from common.secretfiles import derive
 from common.study import EvaluationSpec, Study
-from common.tables import Table
+from common.tables import Table, compounds_of
 
 if TYPE_CHECKING:
     from client.aggregation import Aggregator
@@ -142,7 +143,8 @@ def _aggregator(name: str, safe: Safe, pinned: Mapping[str, PublicIdentity]) -> 
 def split_patients(
     table: Table, evaluation: EvaluationSpec, *, seed: int, name: str
 ) -> tuple[Table, Table]:
-    """Training and test rows: whole patients, stratified by label, one fold of them for testing.
+    """Training and test rows: whole patients, one fold of them for testing, stratified by label or
+    by whole scaffolds.
 
     The split depends on the study's seed and the hospital's name alone, so every run and every arm
     of a comparison sees the same one.
@@ -155,12 +157,15 @@ def split_patients(
             f"{name}: expected at least {evaluation.folds} patients for as many folds, "
             f"found {len(patients)}"
         )
-    words = hashlib.sha256(f"{seed}|{name}".encode()).digest()
-    generator = np.random.default_rng(int.from_bytes(words[:8], "big"))
-    order = generator.permutation(len(patients))
-    order = order[np.argsort(label[order], kind="stable")]
-    fold = np.empty(len(patients), dtype=np.int64)
-    fold[order] = np.arange(len(patients)) % evaluation.folds
+    if evaluation.split == "scaffold":
+        fold = scaffold_folds(compounds_of(table), evaluation.folds)
+    else:
+        words = hashlib.sha256(f"{seed}|{name}".encode()).digest()
+        generator = np.random.default_rng(int.from_bytes(words[:8], "big"))
+        order = generator.permutation(len(patients))
+        order = order[np.argsort(label[order], kind="stable")]
+        fold = np.empty(len(patients), dtype=np.int64)
+        fold[order] = np.arange(len(patients)) % evaluation.folds
     testing = fold[owners] == evaluation.fold
     return table.take(np.flatnonzero(~testing)), table.take(np.flatnonzero(testing))
 

@@ -46,7 +46,7 @@ def hello(hospital: Hospital, task: Hello) -> HelloReply:
 
 
 def statistics(hospital: Hospital, task: StatisticsTask) -> StatisticsReply:
-    """One noised sum of bounded moments per numeric column, charged to the training patients."""
+    """One noised sum of bounded moments and of codes' buckets, charged to the training patients."""
     check_same_study(hospital, task.study_digest)
     charge = charge_of(hospital.study, "statistics", 0)
     _check_leaves_alone(hospital.study)
@@ -61,7 +61,7 @@ def statistics(hospital: Hospital, task: StatisticsTask) -> StatisticsReply:
         hospital, charge, table, units, round_number=0, request=request, attempt=task.attempt
     )
     sums = hospital.guard.release(asked, compute)
-    return StatisticsReply(hospital=hospital.name, sums=sums.reshape(-1, 3))
+    return StatisticsReply(hospital=hospital.name, sums=sums)
 
 
 def train(hospital: Hospital, task: TrainTask) -> TrainReply:
@@ -143,7 +143,7 @@ def evaluate(hospital: Hospital, task: EvaluateTask) -> EvaluateReply:
 
 
 def moments_by_unit(hospital: Hospital, table: Table) -> Tensor:
-    """Each unit's mean moments of the numeric columns [units, 3 · columns]."""
+    """What each unit adds to the scaling, the mean of its records [units, ``moment_count``]."""
     owners, units = units_of(table, hospital.study.privacy.unit)
     return combine_records(moment_contributions(table), torch.from_numpy(owners), units)
 

@@ -89,12 +89,13 @@ def _step(hospital: Hospital, task: AggregateTask, charge: Charge) -> Summand:
         each = PerRecordGradients(assignment.model, assignment.loss)
         units = plan.sample(stream, records.units)
         total = np.zeros(length, dtype=np.int64)
+        seen_each = min(plan.records_per_unit, max(1, records.most)) * records.views
         numbers = length + record_numbers(assignment.model)
-        at_once = max(1, _CHUNK_NUMBERS // (numbers * plan.records_per_unit))
+        at_once = max(1, _CHUNK_NUMBERS // (numbers * seen_each))
         for chunk in torch.split(units, at_once):
             rows, owners = records.rows_of(chunk, plan.records_per_unit, stream)
             if len(rows):
-                gradients = each(weights, records.inputs[rows], records.targets[rows])
+                gradients = each(weights, records.look(rows, stream), records.targets[rows])
                 combined = combine_records(gradients, owners, len(chunk))
                 total += encoding.encode(combined.numpy())
         return total

@@ -6,7 +6,7 @@ and the hospital's own copy of the study; a simulation reads it once for all its
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -70,9 +70,17 @@ class Assignment:
 
     def records(self, table: Table) -> Records:
         """Patients' records by privacy unit, each with what it is to be answered by."""
-        owners, units = units_of(table, self.study.privacy.unit)
         inputs, targets = self.pairs(table)
-        return Records(inputs, targets, torch.from_numpy(owners), units)
+        return self.grouped(table, inputs, targets)
+
+    def grouped(self, table: Table, inputs: Tensor, targets: Tensor) -> Records:
+        """The ``pairs`` of ``table`` by privacy unit, to be seen as the stage says."""
+        owners, units = units_of(table, self.study.privacy.unit)
+        records = Records(inputs, targets, torch.from_numpy(owners), units)
+        if self.stage != "finetune":
+            return records
+        spec = self.study.finetune
+        return replace(records, augment=spec.augment, views=spec.views)
 
     def pairs(self, table: Table) -> tuple[Tensor, Tensor]:
         """Inputs [rows, …] and targets [rows, …] of each row by itself."""

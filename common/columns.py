@@ -7,6 +7,8 @@ and counts what was odd.
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 
 from common.dictionary import Column
 from common.errors import DataError
+from common.molecules import LONGEST, atom_count, check_rdkit, compound
 from common.sources import ColumnMapping
 from common.text import tokeniser_of
 from common.units import Conversion, conversion
@@ -210,6 +213,90 @@ class ImageReading:
         return self._counts.report(self._column, self._mapping)
 
 
+class CodeReading:
+    """Codes as buckets of a public hash, -1 where missing, in the smallest integers that hold them.
+
+    A cell ``#12`` names bucket 12 itself: what was written out from a table that was read.
+    """
+
+    def __init__(self, column: Column, mapping: ColumnMapping) -> None:
+        self._column, self._mapping, self._counts = column, mapping, Counts()
+        self._recode = recoding(mapping, column.name)
+        self._absent = {key_of(code) for code in column.missing} | absent_words(mapping) | {""}
+        assert column.buckets is not None  # noqa: S101  (the dictionary refuses it otherwise)
+        self._type = np.min_scalar_type(-column.buckets)
+        self.names = (column.name,)
+
+    def read(self, *cells: NDArray[Any]) -> NDArray[Any]:
+        """Cells of any type, spelled as they stand: 250.00 and 250 may be different codes."""
+        codes, different = pd.factorize(cells[0].astype(object), use_na_sentinel=False)
+        words = [str(value).strip() for value in different]
+        buckets = [bucket_of(self._column, self._recode.get(word, word)) for word in words]
+        table = np.array(
+            [
+                -1 if word in self._absent else bucket
+                for word, bucket in zip(words, buckets, strict=True)
+            ],
+            dtype=self._type,
+        )
+        values = table[codes] if words else np.empty(0, self._type)
+        self._counts.missing += int((values < 0).sum())
+        return values
+
+    def report(self) -> ColumnReport:
+        """Counts over all chunks."""
+        changed = f"{self._column.buckets} buckets by a public hash"
+        return self._counts.report(self._column, self._mapping, changed)
+
+
+def bucket_of(column: Column, code: str) -> int:
+    """The bucket of a code at every hospital: SHA-256 of the column's name and the code's prefix.
+
+    >>> from common.dictionary import Column
+    >>> diagnosis = Column(name="diagnosis", kind="code", prefix=3, buckets=64)
+    >>> bucket_of(diagnosis, "250.83") == bucket_of(diagnosis, "250")
+    True
+    """
+    assert column.buckets is not None  # noqa: S101
+    named = re.fullmatch(r"#(\d+)", code)
+    if named and int(named[1]) < column.buckets:
+        return int(named[1])
+    digest = hashlib.sha256(f"{column.name}|{code[: column.prefix]}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % column.buckets
+
+
+class MoleculeReading:
+    """Compounds as canonical SMILES (bytes; see ``molecules.compound``), empty where unreadable.
+
+    ``unmapped`` counts what is no structure, ``out_of_range`` what has more atoms than its graph.
+    """
+
+    def __init__(self, column: Column, mapping: ColumnMapping) -> None:
+        check_rdkit()
+        self._column, self._mapping, self._counts = column, mapping, Counts()
+        self._absent = {key_of(code) for code in column.missing} | absent_words(mapping)
+        self.names = (column.name,)
+
+    def read(self, *cells: NDArray[Any]) -> NDArray[np.bytes_]:
+        """Text, each different one parsed once."""
+        codes, keys = keys_of(cells[0])
+        found = ["" if key in self._absent else compound(key) for key in keys]
+        unread = np.array([not one for one in found], bool)
+        odd = unread & np.array([key not in self._absent for key in keys], bool)
+        large = np.array([0 < self._column.atoms < atom_count(one) for one in found], bool)
+        counts = self._counts
+        if keys:
+            counts.missing += int(unread[codes].sum())
+            counts.unmapped += int(odd[codes].sum())
+            counts.out_of_range += int(large[codes].sum())
+            counts.add_examples({key for key, is_odd in zip(keys, odd, strict=True) if is_odd})
+        return np.array(found, dtype=f"S{LONGEST}")[codes] if keys else np.empty(0, f"S{LONGEST}")
+
+    def report(self) -> ColumnReport:
+        """Counts over all chunks."""
+        return self._counts.report(self._column, self._mapping)
+
+
 class TextReading:
     """Texts as token ids int32 [rows, length], 0 behind a text's end; no text is kept.
 
@@ -257,6 +344,8 @@ KINDS: dict[str, Callable[[Column, ColumnMapping], Reading]] = {
     "binary": CategoryReading,
     "categorical": CategoryReading,
     "image": ImageReading,
+    "code": CodeReading,
+    "molecule": MoleculeReading,
     "text": TextReading,
 }
 

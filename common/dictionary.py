@@ -6,6 +6,7 @@ device, never from patients' rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -14,23 +15,33 @@ from common.labels import Label, Scalar
 from common.pins import Pinned
 from common.strict import Count, Strict
 
+_ALONE = ("image", "text", "molecule")  # kinds that are a whole record
+
 
 class Column(Strict):
     """One column of the study.
 
     ``kind``: ``numeric`` (needs ``range``), ``binary`` or ``categorical`` (need ``categories``),
-    ``image`` (needs ``shape``: height, width), ``text`` (needs ``length`` and ``vocabulary``).
+    ``image`` (needs ``shape``: height, width), ``text`` (needs ``length`` and ``vocabulary``),
+    ``code`` (one of very many, such as a diagnosis; needs ``buckets``), or ``molecule`` (a SMILES;
+    see docs/molecules.md).
     ``range``: plausible lowest and highest value in ``unit``; outside is reported and clipped.
     ``typical``: published mean and standard deviation, for scaling; else taken from the range.
     ``missing``: values that mean "not measured" beside an empty cell (a cholesterol of 0).
     ``optional``: whether a value may be absent; if so the model also sees that it is absent.
+    ``prefix``: how many characters of a code count (the first three of an ICD code name the
+    disease). ``buckets``: codes fall into so many by a public hash, the same everywhere.
+    ``keep``: the model sees only so many buckets, the most frequent ones of the public corpus or of
+    all patients (charged), as the study's ``scaling`` says; all of them if left out.
     ``length``: how many tokens of a text are read. ``vocabulary``: how many different tokens there
     are, padding among them. ``tokenizer``: the file ``tokenizer.json`` of a pre-trained model; left
     out, words are hashed into the vocabulary.
+    ``bits``: length of a molecule's fingerprint. ``atoms``: the most atoms of its graph, for
+    networks of ``kind = "graph"``.
     """
 
     name: str = Field(min_length=1)
-    kind: Literal["numeric", "binary", "categorical", "image", "text"]
+    kind: Literal["numeric", "binary", "categorical", "image", "text", "code", "molecule"]
     unit: str = ""
     description: str = ""
     range: tuple[float, float] | None = None
@@ -42,46 +53,89 @@ class Column(Strict):
     tokenizer: Pinned | None = None
     missing: tuple[Scalar, ...] = ()
     optional: bool = True
+    prefix: Count | None = None
+    buckets: Annotated[int, Field(ge=2, le=65536)] | None = None
+    keep: Count | None = None
+    bits: Annotated[int, Field(ge=16, le=16384)] = 1024
+    atoms: Annotated[int, Field(ge=0, le=512)] = 0
 
     @model_validator(mode="after")
     def _kind_has_its_fields(self) -> Self:
-        if self.kind == "numeric":
-            if self.range is None or not self.range[0] < self.range[1]:
-                raise ValueError(
-                    f"a numeric column needs range = [lowest, highest] with lowest below highest, "
-                    f"found {self.range}"
-                )
-            if any(code in self.range for code in self.missing):
-                raise ValueError(
-                    f"missing codes {list(self.missing)} must differ from both ends of range = "
-                    f"{list(self.range)}, to which implausible values are clipped"
-                )
-            if self.typical is not None and self.typical[1] <= 0:
-                raise ValueError(
-                    f"typical = [mean, standard deviation] needs a standard deviation above 0, "
-                    f"found {self.typical[1]}"
-                )
-        elif self.kind == "image":
-            if self.shape is None or min(self.shape) < 1:
-                raise ValueError(
-                    f"an image column needs shape = [height, width], found {self.shape}"
-                )
-        elif self.kind == "text":
-            if self.length is None or self.vocabulary is None:
-                raise ValueError(
-                    f"a text column needs length and vocabulary, in tokens, "
-                    f"found {self.length} and {self.vocabulary}"
-                )
-        elif len(self.categories) < 2 or len(set(self.categories)) != len(self.categories):
+        problem = _PROBLEMS[self.kind](self)
+        if problem:
+            raise ValueError(problem)
+        if self.kind != "code" and (self.prefix or self.buckets or self.keep):
             raise ValueError(
-                f"a {self.kind} column needs at least two different categories, "
-                f"found {list(self.categories)}"
-            )
-        elif self.kind == "binary" and len(self.categories) != 2:
-            raise ValueError(
-                f"a binary column needs exactly two categories, found {len(self.categories)}"
+                f"prefix, buckets and keep belong to kind = 'code', found them on kind = "
+                f"{self.kind!r}"
             )
         return self
+
+
+def _numeric_problem(column: Column) -> str:
+    if column.range is None or not column.range[0] < column.range[1]:
+        return (
+            f"a numeric column needs range = [lowest, highest] with lowest below highest, "
+            f"found {column.range}"
+        )
+    if any(code in column.range for code in column.missing):
+        return (
+            f"missing codes {list(column.missing)} must differ from both ends of range = "
+            f"{list(column.range)}, to which implausible values are clipped"
+        )
+    if column.typical is not None and column.typical[1] <= 0:
+        return (
+            f"typical = [mean, standard deviation] needs a standard deviation above 0, "
+            f"found {column.typical[1]}"
+        )
+    return ""
+
+
+def _category_problem(column: Column) -> str:
+    given = column.categories
+    if len(given) < 2 or len(set(given)) != len(given):
+        return (
+            f"a {column.kind} column needs at least two different categories, found {list(given)}"
+        )
+    if column.kind == "binary" and len(given) != 2:
+        return f"a binary column needs exactly two categories, found {len(given)}"
+    return ""
+
+
+def _image_problem(column: Column) -> str:
+    if column.shape is None or min(column.shape) < 1:
+        return f"an image column needs shape = [height, width], found {column.shape}"
+    return ""
+
+
+def _text_problem(column: Column) -> str:
+    if column.length is None or column.vocabulary is None:
+        return (
+            f"a text column needs length and vocabulary, in tokens, "
+            f"found {column.length} and {column.vocabulary}"
+        )
+    return ""
+
+
+def _code_problem(column: Column) -> str:
+    if column.buckets is None or (column.keep is not None and column.keep >= column.buckets):
+        return (
+            f"a code column needs buckets = N, and keep (if any) below that, found buckets "
+            f"= {column.buckets} and keep = {column.keep}"
+        )
+    return ""
+
+
+# What a column of each kind lacks, in words; nothing where it is sound.
+_PROBLEMS: dict[str, Callable[[Column], str]] = {
+    "numeric": _numeric_problem,
+    "binary": _category_problem,
+    "categorical": _category_problem,
+    "image": _image_problem,
+    "text": _text_problem,
+    "code": _code_problem,
+    "molecule": lambda _: "",
+}
 
 
 class Dictionary(Strict):
@@ -100,19 +154,19 @@ class Dictionary(Strict):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"column names must differ, found {twice[0]!r} twice")
-        whole = [column.kind for column in self.columns if column.kind in ("image", "text")]
-        if whole and len(self.columns) > 1:
+        alone = [column.kind for column in self.columns if column.kind in _ALONE]
+        if alone and len(self.columns) > 1:
             raise ValueError(
-                f"a study on {whole[0]}s has the {whole[0]} as its only column, "
+                f"a study on {alone[0]}s has the {alone[0]} as its only column, "
                 f"found {len(self.columns)}"
             )
         return self
 
     @property
     def modality(self) -> str:
-        """What a record is: ``table``, ``image`` or ``text``."""
+        """What a record is: ``table``, ``image``, ``text`` or ``molecule``."""
         kind = self.columns[0].kind
-        return kind if kind in ("image", "text") else "table"
+        return kind if kind in _ALONE else "table"
 
     @property
     def image_shape(self) -> tuple[int, int] | None:

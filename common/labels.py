@@ -6,6 +6,7 @@ left out, it is ``classes``.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -73,7 +74,8 @@ class SurvivalLabel(Strict):
     ``name``: the column of times in ``unit``, ``range``: their plausible values. ``event``: the
     column that says how the time ended, by the values of ``seen`` and ``censored``. ``cuts``: the
     ends of the intervals in which the hazard is modelled, public and ascending; what happens after
-    the last is not modelled. Labels are float32 [rows, 2]: time, and 1 where the event was seen.
+    the last is not modelled. ``typical``: published shares still without the event at the cuts,
+    from which a model starts. Labels are float32 [rows, 2]: time, and 1 where the event was seen.
     """
 
     kind: Literal["survival"]
@@ -84,6 +86,7 @@ class SurvivalLabel(Strict):
     seen: Values = (1,)
     censored: Values = (0,)
     cuts: Annotated[tuple[float, ...], Field(min_length=2)]
+    typical: tuple[float, ...] | None = None
 
     @model_validator(mode="after")
     def _times_ascend(self) -> Self:
@@ -94,6 +97,14 @@ class SurvivalLabel(Strict):
             raise ValueError(f"cuts must ascend from above 0, found {list(self.cuts)}")
         if set(self.seen) & set(self.censored):
             raise ValueError("seen and censored must share no value")
+        curve = (1.0, *(self.typical or ()), 0.0)
+        if self.typical is not None and (
+            len(self.typical) != len(self.cuts) or any(a <= b for a, b in pairwise(curve))
+        ):
+            raise ValueError(
+                f"typical: expected {len(self.cuts)} shares, one at each cut, that fall from below "
+                f"1 and stay above 0, found {list(self.typical)}"
+            )
         return self
 
     @property

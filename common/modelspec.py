@@ -13,13 +13,13 @@ Setting = bool | int | float | str
 
 
 class MlpSpec(Strict):
-    """Layers of plain numbers, for tables.
+    """Layers of plain numbers, for tables and the fingerprints of molecules.
 
     ``hidden``: widths of the hidden layers. ``skip``: the head also sees the inputs themselves
     (a teacher only).
     """
 
-    reads: ClassVar[tuple[str, ...]] = ("table",)
+    reads: ClassVar[tuple[str, ...]] = ("table", "molecule")
 
     kind: Literal["mlp"] = "mlp"
     hidden: tuple[Count, ...] = Field(min_length=1)
@@ -34,6 +34,39 @@ class CnnSpec(Strict):
 
     kind: Literal["cnn"]
     hidden: tuple[Count, ...] = Field(min_length=1)
+
+
+class VitSpec(Strict):
+    """A vision transformer, for images (Dosovitskiy et al. 2021).
+
+    ``patch``: pixels on a side of the patches that it sees as one; ``width``: numbers of each,
+    and of the code; ``depth``: layers; ``heads`` share the width.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ("image",)
+
+    kind: Literal["vit"]
+    patch: Count = 4
+    width: Count = 64
+    depth: Count = 2
+    heads: Count = 4
+
+    @model_validator(mode="after")
+    def _heads_share(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"heads: expected a divisor of width {self.width}, found {self.heads}")
+        return self
+
+
+class GraphSpec(Strict):
+    """Messages between bonded atoms (Gilmer et al. 2017), for molecules; needs the column's
+    ``atoms``. ``hidden``: the width of the atoms after each layer of messages; a teacher's last is
+    the width of its code."""
+
+    reads: ClassVar[tuple[str, ...]] = ("molecule",)
+
+    kind: Literal["graph"]
+    hidden: tuple[Count, ...] = Field(min_length=2)
 
 
 class TransformerSpec(Strict):
@@ -79,7 +112,7 @@ class OwnSpec(Strict):
     ``module:object``. ``settings``: what it wants to know.
     """
 
-    reads: ClassVar[tuple[str, ...]] = ("table", "image", "text")
+    reads: ClassVar[tuple[str, ...]] = ("table", "image", "text", "molecule")
 
     kind: Literal["own"]
     family: str = Field(min_length=1)
@@ -114,9 +147,14 @@ NO_DORA = (
     "gives a record's own gradient of that"
 )
 
-MODELS: tuple[type[MlpSpec | CnnSpec | TransformerSpec | PretrainedSpec | OwnSpec], ...] = (
+
+_Spec = MlpSpec | CnnSpec | VitSpec | GraphSpec | TransformerSpec | PretrainedSpec | OwnSpec
+
+MODELS: tuple[type[_Spec], ...] = (
     MlpSpec,
     CnnSpec,
+    VitSpec,
+    GraphSpec,
     TransformerSpec,
     PretrainedSpec,
     OwnSpec,
@@ -125,6 +163,8 @@ MODELS: tuple[type[MlpSpec | CnnSpec | TransformerSpec | PretrainedSpec | OwnSpe
 ModelSpec = Annotated[
     Annotated[MlpSpec, Tag("mlp")]
     | Annotated[CnnSpec, Tag("cnn")]
+    | Annotated[VitSpec, Tag("vit")]
+    | Annotated[GraphSpec, Tag("graph")]
     | Annotated[TransformerSpec, Tag("transformer")]
     | Annotated[PretrainedSpec, Tag("pretrained")]
     | Annotated[OwnSpec, Tag("own")],

@@ -274,7 +274,7 @@ def _check_missing(study: Study, spec: MissingColumnsSpec) -> None:
     key = "simulation.scenario.missing_columns.columns"
     for name in spec.columns:
         column = column_named(study, name, key)
-        if column.kind in ("image", "text") or not column.optional:
+        if column.kind in ("image", "text", "molecule") or not column.optional:
             raise ValueError(
                 f"{key}: {name!r} is not optional; set optional = true in its "
                 f"[[dictionary.columns]] entry, or name another"

@@ -35,7 +35,8 @@ class SimulationSpec(Strict):
     Either ``hospital`` entries (natural sites), or one ``source`` cut into ``hospitals`` parts by
     ``partition``: ``equal``, ``power_law`` (sizes ∝ rank to the power −``exponent``),
     ``label_skew`` (class shares by a Dirichlet law of ``concentration``, Hsu et al. 2019),
-    ``covariate_shift`` (the same law deals out the quarters of ``column``, or its categories), or
+    ``covariate_shift`` (the same law deals out the quarters of ``column``, or its categories),
+    ``scaffold`` (molecules with one scaffold stay together, the most frequent dealt out first), or
     ``sites`` (as the table ``sites`` says, whose hospitals must be ``hospitals`` in number).
     ``scenario``: what else may go wrong; see docs/scenarios.md.
     """
@@ -43,7 +44,9 @@ class SimulationSpec(Strict):
     hospital: tuple[HospitalData, ...] = ()
     source: SourceSpec | None = None
     hospitals: Count | None = None
-    partition: Literal["equal", "power_law", "label_skew", "covariate_shift", "sites"] = "equal"
+    partition: Literal[
+        "equal", "power_law", "label_skew", "covariate_shift", "scaffold", "sites"
+    ] = "equal"
     sites: SitesSpec | None = None
     exponent: Annotated[float, Field(ge=0)] = 1.0
     concentration: Positive = 0.5

@@ -58,11 +58,24 @@ class PretrainSpec(Strict):
     optimiser: OptimiserSpec
 
 
+class AugmentSpec(Strict):
+    """Random views of an image, drawn from these public ranges: turned by up to ``rotation_deg``
+    degrees and moved by up to ``shift`` pixels either way; with ``flip`` mirrored half of the time.
+    """
+
+    shift: Annotated[float, Field(ge=0)] = 2.0
+    rotation_deg: Annotated[float, Field(ge=0, le=180)] = 10.0
+    flip: bool = False
+
+
 class FinetuneSpec(Strict):
     """The teacher learns from patients, at the hospitals.
 
     ``trainable``: ``head`` (the pre-trained encoder stays frozen), ``lora`` (it stays frozen under
     low-rank corrections, as ``lora`` says, which learn with the head) or ``all``.
+    ``augment``: images are seen as random views; ``views`` of each in one step, whose gradients
+    are averaged before the patient is clipped, so that they cost no more (De et al. 2022,
+    arXiv 2204.13650, section 3.3).
     """
 
     rounds: Count
@@ -70,6 +83,8 @@ class FinetuneSpec(Strict):
     sampling_rate: Fraction = 1.0
     trainable: Literal["head", "lora", "all"] = "head"
     lora: LoraSpec | None = None
+    augment: AugmentSpec | None = None
+    views: Count = 1
     optimiser: OptimiserSpec
 
     @model_validator(mode="after")
@@ -78,6 +93,19 @@ class FinetuneSpec(Strict):
             raise ValueError(
                 f"[finetune.lora] belongs to trainable = 'lora', and only to it (it may be empty); "
                 f"found trainable = {self.trainable!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _views_differ(self) -> Self:
+        if self.views > 1 and self.augment is None:
+            raise ValueError(
+                f"views = {self.views} of a record would be the same one; add [finetune.augment]"
+            )
+        if self.augment is not None and self.trainable == "head":
+            raise ValueError(
+                "[finetune.augment] needs trainable = 'all': a frozen encoder turns each record "
+                "into one code, once"
             )
         return self
 
@@ -93,6 +121,7 @@ class DistillSpec(Strict):
     ``on = "public"``: at the coordinator, on the public corpus and mixtures of it; free.
     ``on = "patients"``: at the hospitals, as ``rounds`` × ``local_steps`` charged steps.
     ``temperature`` softens the targets (Hinton et al. 2015, arXiv 1503.02531).
+    ``augment``: public images are seen as random views, by teacher and student alike.
     """
 
     on: Literal["public", "patients"] = "public"
@@ -102,7 +131,14 @@ class DistillSpec(Strict):
     rounds: Count = 10
     local_steps: Count = 1
     sampling_rate: Fraction = 1.0
+    augment: AugmentSpec | None = None
     optimiser: OptimiserSpec
+
+    @model_validator(mode="after")
+    def _views_are_public(self) -> Self:
+        if self.augment is not None and self.on == "patients":
+            raise ValueError("[distill.augment] belongs to on = 'public'; leave it out")
+        return self
 
     @property
     def releases(self) -> int:
@@ -178,6 +214,8 @@ class FederationSpec(Strict):
     coordinator. Each adds its share of the noise for the honest ones that then remain.
     ``tail_average``: the share of the last rounds whose models are averaged; free, and under
     noise usually better than the last one alone (Polyak & Juditsky 1992).
+    ``ema``: or all rounds' models are averaged, each counting so many times as much as the next:
+    an exponential moving average, free as well (De et al. 2022, arXiv 2204.13650, section 3.4).
     """
 
     rule: Literal["fedavg", "fedavgm", "fedadam", "fedyogi", "fedprox"] = "fedavg"
@@ -188,6 +226,7 @@ class FederationSpec(Strict):
     proximal_mu: Annotated[float, Field(ge=0)] = 0.0
     weighting: Literal["declared", "uniform"] = "declared"
     tail_average: Annotated[float, Field(ge=0, le=1)] = 0.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     minimum_hospitals: Count = 2
     hospitals: Annotated[int, Field(ge=2)] | None = None
     tolerated_dropouts: Annotated[int, Field(ge=0)] = 0
@@ -203,10 +242,21 @@ class FederationSpec(Strict):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_average(self) -> Self:
+        if self.ema and self.tail_average:
+            raise ValueError(
+                f"ema and tail_average are two averages of the same models: give one, found "
+                f"{self.ema} and {self.tail_average}"
+            )
+        return self
+
 
 class EvaluationSpec(Strict):
     """Each hospital keeps one of ``folds`` equal parts of its patients for testing.
 
+    ``split``: how they fall into parts: ``random`` (each label in equal share), or ``scaffold`` for
+    molecules, whole scaffolds: part 0 the rarest ones, as in MoleculeNet (docs/molecules.md).
     Exact scores stay at the hospital. With ``epsilon`` a noised histogram of scores by label is
     released once, charged to the test patients (who are never trained on): one of each hospital,
     or with ``trust = "distributed"`` a single one of all hospitals together.
@@ -214,6 +264,7 @@ class EvaluationSpec(Strict):
 
     folds: Annotated[int, Field(ge=2)] = 4
     fold: Annotated[int, Field(ge=0)] = 0
+    split: Literal["random", "scaffold"] = "random"
     epsilon: Positive | None = None
     bins: Annotated[int, Field(ge=2, le=100)] = 20
 
@@ -259,8 +310,8 @@ class Study(Strict):
             raise ValueError("student.skip: a student is one plain network; leave it out")
         if modality != "table" and self.scaling != "ranges":
             raise ValueError(
-                f"scaling: expected 'ranges' for {modality}s (no number of theirs is to be "
-                f"scaled), found {self.scaling!r}"
+                f"scaling: expected 'ranges' for {modality}s (their scale is public), "
+                f"found {self.scaling!r}"
             )
         released = task_named(self.task, self.dictionary).release_shape(self.evaluation.bins)
         if self.evaluation.epsilon is not None and not math.prod(released):
@@ -277,11 +328,20 @@ class Study(Strict):
             raise ValueError(
                 f"public.kind = 'dictionary' cannot draw {modality}s: set 'held_apart' or 'file'"
             )
-        if self.scaling == "private" and not any(
-            column.kind == "numeric" for column in self.dictionary.columns
+        self._check_molecules()
+        columns = self.dictionary.columns
+        keeping = [column.name for column in columns if column.keep is not None]
+        if self.scaling == "private" and not (
+            keeping or any(column.kind == "numeric" for column in columns)
         ):
             raise ValueError(
-                "scaling = 'private' needs a numeric column to scale; did you mean 'ranges'?"
+                "scaling = 'private' needs a numeric column to scale, or a code column that keeps "
+                "some of its buckets; did you mean 'ranges'?"
+            )
+        if keeping and self.scaling == "ranges":
+            raise ValueError(
+                f"dictionary.columns: {keeping[0]!r} keeps its most frequent codes, which must be "
+                f"found: set scaling = 'private' or 'public', or leave keep out"
             )
         for stage, optimiser, private in (
             ("finetune", self.finetune.optimiser, True),
@@ -297,6 +357,29 @@ class Study(Strict):
                 f"privacy.delta: expected far below 1 / patients (1e-5 is usual), "
                 f"found {self.privacy.delta}"
             )
+        return self
+
+    def _check_molecules(self) -> None:
+        column = self.dictionary.columns[0]
+        if "graph" in (self.teacher.kind, self.student.kind) and not column.atoms:
+            raise ValueError(
+                f"kind = 'graph' needs atoms = N, the most atoms of a graph, in the "
+                f"[[dictionary.columns]] entry of {column.name!r}"
+            )
+        if column.kind == "molecule":
+            return
+        for key, found in (
+            ("evaluation.split", self.evaluation.split),
+            ("simulation.partition", self.simulation and self.simulation.partition),
+        ):
+            if found == "scaffold":
+                raise ValueError(f"{key}: 'scaffold' needs a molecule, found {column.kind} columns")
+
+    @model_validator(mode="after")
+    def _views_are_of_images(self) -> Self:
+        for stage, spec in (("finetune", self.finetune), ("distill", self.distill)):
+            if spec.augment is not None and self.dictionary.modality != "image":
+                raise ValueError(f"[{stage}.augment] turns and moves images; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -328,7 +411,7 @@ class Study(Strict):
     def _scenario_can_be(self) -> Self:
         if self.simulation is not None and self.simulation.column is not None:
             column = column_named(self, self.simulation.column, "simulation.column")
-            if column.kind in ("image", "text"):
+            if column.kind in ("image", "text", "molecule"):
                 raise ValueError(
                     f"simulation.column: {column.kind}s have no quarters; name a number"
                 )

@@ -43,10 +43,12 @@ class Table:
 
     ``values``: numeric columns as float32 [rows] with NaN for missing; binary and categorical as
     category indices [rows] (the smallest integer type) with -1 for missing; images as float32
-    [rows, height, width]; texts as token ids int32 [rows, length], 0 behind a text's end.
+    [rows, height, width]; texts as token ids int32 [rows, length], 0 behind a text's end; molecules
+    as canonical SMILES, bytes [rows].
     ``labels`` [rows, …]: as the dictionary's kind of label has them; unknown throughout for public
     records.
-    ``patients``: the identifier of each row's patient, as text [rows].
+    ``patients``: the identifier of each row's patient, as text [rows]. A molecule is its own: all
+    records of one compound are one privacy unit, unless the dictionary or the source names others.
     """
 
     dictionary: Dictionary
@@ -105,6 +107,14 @@ def concatenate(tables: list[Table]) -> Table:
     )
 
 
+def compounds_of(table: Table) -> list[str]:
+    """The compound of each patient, by its first record, in the order of ``by_patient``."""
+    owners = table.by_patient[1]
+    _, first = np.unique(owners, return_index=True)
+    structures = table.values[table.dictionary.columns[0].name]
+    return [one.decode() for one in structures[first]]
+
+
 def read_table(
     source: TableSource, dictionary: Dictionary, folder: Path, *, labelled: bool = True
 ) -> Table:
@@ -121,8 +131,9 @@ def harmonise(
 ) -> Table:
     """All of a source's rows in the dictionary's terms, a chunk at a time.
 
-    Rows without a known label are left out and counted. Only the dictionary's columns are kept,
-    in compact types, so that memory grows with what a study uses and not with the source.
+    Rows without a known label or a readable structure are left out and counted. Only the
+    dictionary's columns are kept, in compact types, so that memory grows with what a study uses and
+    not with the source.
     """
     readings = [KINDS[column.kind](column, mapping) for column in dictionary.columns]
     owners = _Owners(source, mapping, dictionary)
@@ -130,7 +141,7 @@ def harmonise(
     names = [name for one in (*readings, owners, outcome) if one for name in one.names]
     found = {name: _found(source, mapping, name) for name in names}
     values = [_Growing() for _ in readings]
-    kept_labels, kept_owners, rows = _Growing(), _Growing(), 0
+    kept_labels, kept_owners, rows, unlabelled = _Growing(), _Growing(), 0, 0
     asked = [*found.values(), *([source.patient] if source.patient else [])]
     for chunk in source.chunks(list(dict.fromkeys(asked))):
         parts = [_read(one, chunk, found, source) for one in readings]
@@ -138,7 +149,10 @@ def harmonise(
         labels, keep = dictionary.label.unknown(count), np.ones(count, dtype=bool)
         if outcome is not None:
             labels, keep = outcome.read(*(chunk[found[name]] for name in outcome.names))
-        who = owners.read(chunk, found, range(rows, rows + count))
+        unlabelled += int((~keep).sum())
+        if dictionary.modality == "molecule":
+            keep = keep & (parts[0] != b"")
+        who = owners.read(chunk, found, range(rows, rows + count), parts[0])
         for grown, part in zip(values, parts, strict=True):
             grown.append(part[keep])
         kept_labels.append(labels[keep])
@@ -155,7 +169,7 @@ def harmonise(
     report = TableReport(
         rows=rows,
         patients=owners.count,
-        unlabelled=rows - len(kept_labels),
+        unlabelled=unlabelled,
         columns=columns,
         problems=(*problems, *source.notes()),
     )
@@ -230,18 +244,22 @@ class _Owners:
         self._column = source.patient
         is_named = bool(dictionary.patient_id) and not source.patient
         self.names: tuple[str, ...] = (dictionary.patient_id,) if is_named else ()
+        self._are_compounds = dictionary.modality == "molecule"
         self._known: dict[str, str] = {}
 
     @property
     def count(self) -> int:
-        """How many different patients were seen."""
-        return len(self._known)
+        """How many different patients were seen; a row without a structure is nobody's."""
+        return len(self._known.keys() - {""})
 
     def read(
-        self, chunk: Chunk, found: Mapping[str, str], rows: Sequence[int]
+        self, chunk: Chunk, found: Mapping[str, str], rows: Sequence[int], first: NDArray[Any]
     ) -> NDArray[np.object_]:
-        """The identifiers of one chunk, one object for each patient."""
-        if not (self.names or self._column):
+        """The identifiers of one chunk, one object for each patient. ``first``: the values of the
+        first column, which are the identifiers where these are compounds."""
+        if not (self.names or self._column) and self._are_compounds:
+            names = [one.decode() for one in first]
+        elif not (self.names or self._column):
             names = [f"row-{row}" for row in rows]
         else:
             cells = chunk[self._column or found[self.names[0]]]
@@ -259,6 +277,9 @@ def _problems(reports: Sequence[ColumnReport], dictionary: Dictionary, rows: int
     columns = {column.name: column for column in dictionary.columns}
     found = []
     for report in reports:
+        if columns[report.name].kind == "molecule":
+            found += _molecule_problems(report, rows)
+            continue
         if report.missing and not columns[report.name].optional:
             found.append(
                 f"{report.name}: {report.missing} of {rows} values missing, but the dictionary "
@@ -279,4 +300,20 @@ def _problems(reports: Sequence[ColumnReport], dictionary: Dictionary, rows: int
                 f"{report.name}: {report.unmapped} values not in the dictionary "
                 f"({', '.join(report.unmapped_examples)}); they are read as missing: recode them"
             )
+    return found
+
+
+def _molecule_problems(report: ColumnReport, rows: int) -> list[str]:
+    found = []
+    if report.missing:
+        examples = f" ({', '.join(report.unmapped_examples)})" if report.unmapped else ""
+        found.append(
+            f"{report.name}: {report.missing} of {rows} structures are empty or cannot be read"
+            f"{examples}; these rows are left out: correct the SMILES"
+        )
+    if report.out_of_range:
+        found.append(
+            f"{report.name}: {report.out_of_range} molecules have more atoms than the dictionary's "
+            f"atoms; their graphs are cut"
+        )
     return found

@@ -74,7 +74,7 @@ class HelloReply:
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsTask:
-    """Asks for one noised sum over the dictionary's numeric columns."""
+    """Asks for one noised sum over the dictionary's numeric and code columns."""
 
     study_digest: str = public()
     attempt: int = public()
@@ -82,7 +82,7 @@ class StatisticsTask:
 
 @dataclass(frozen=True, kw_only=True)
 class StatisticsReply:
-    """``sums`` [columns, 3]: noised sums of value, square and presence, range-scaled."""
+    """``sums`` [``moment_count``]: noised sums of what ``moment_contributions`` names."""
 
     hospital: str = public()
     sums: Tensor = noised()
@@ -92,7 +92,7 @@ class StatisticsReply:
 class TrainTask:
     """One round of ``finetune`` or ``distill``.
 
-    ``teacher`` and ``student``: named tensors; ``scaling`` [numeric columns, 2]: mean and standard
+    ``teacher`` and ``student``: named tensors; ``scaling`` [rows, 2]: mean and standard
     deviation. ``attempt`` counts repetitions of the same round.
     """
 
@@ -119,7 +119,7 @@ class TrainReply:
 class AggregateTask:
     """Begins one attempt at a secure sum of what ``stage`` releases.
 
-    ``statistics``: moments of the numeric columns. ``finetune``, ``distill``: one step's clipped
+    ``statistics``: moments and counts of codes. ``finetune``, ``distill``: one step's clipped
     gradients. ``evaluate``: the histogram of scores. Fields as in TrainTask; empty where the sum
     does not depend on them.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,24 @@ class Outcome:
     facts: dict[str, Any]
 
 
+@dataclass
+class Stopwatch:
+    """Seconds since the last lap, by the wall and of this process's processors."""
+
+    wall_s: float = field(default_factory=time.monotonic)
+    cpu_s: float = field(default_factory=time.process_time)
+
+    def lap(self) -> dict[str, float]:
+        """What has passed; the next lap begins."""
+        before, now = self, Stopwatch()
+        passed = {
+            "elapsed_s": round(now.wall_s - before.wall_s, 6),
+            "cpu_s": round(now.cpu_s - before.cpu_s, 6),
+        }
+        self.wall_s, self.cpu_s = now.wall_s, now.cpu_s
+        return passed
+
+
 @dataclass(frozen=True)
 class Conductor:
     """What stays the same over a whole study."""
@@ -78,6 +96,7 @@ class Conductor:
     budget: Budget
     watch: Callable[[Progress], None]
     started: float
+    stopwatch: Stopwatch
 
     def note_hospitals(self, facts: dict[str, Any]) -> None:
         """Who took part so far, before an interruption as well, and whether all noise is secret."""
@@ -104,6 +123,7 @@ class Conductor:
             )
         )
         self.run.log({"stage": stage, "round": number, "hospitals": hospitals, "epsilon": spent})
+        self.run.log_cost({"stage": stage, "round": number, **self.stopwatch.lap()})
 
     def _charged(self, stage: str) -> bool:
         return any(charge.stage == stage for charge in self.budget.charges)
@@ -125,16 +145,16 @@ def conduct(
     done = run.last_checkpoint()
     members = _members(study, link)
     panel = Panel(study, link, members, run.attempts)
-    desk = Conductor(study, panel, run, budget, watch, time.monotonic())
+    desk = Conductor(study, panel, run, budget, watch, time.monotonic(), Stopwatch())
 
     # As the hospitals receive it, in float32: all parties and a resumed run see the same inputs.
     moments = scaling_tensor(study.dictionary, _scaling(desk, corpus, done))
     scaling = scaling_from_tensor(study.dictionary, moments)
     features = FeatureMap(study.dictionary, scaling)
-    public = _public_inputs(study, features, corpus)
+    public = public_inputs(study, features, corpus)
     teacher, student = build_teacher(study, features), build_student(study, features)
     facts: dict[str, Any] = dict(done.facts) if done else {}
-    facts.pop("tail_count", None)
+    facts.pop("average_weight", None)
     facts |= {
         "teacher_parameters": count_parameters(teacher),
         "student_parameters": count_parameters(student),
@@ -283,7 +303,8 @@ def _scaling(desk: Conductor, corpus: Table | None, done: Checkpoint | None) -> 
     return scaling
 
 
-def _public_inputs(study: Study, features: FeatureMap, corpus: Table | None) -> Tensor:
+def public_inputs(study: Study, features: FeatureMap, corpus: Table | None) -> Tensor:
+    """The public records that pre-training and distillation see [rows, …]."""
     if corpus is not None:
         return features.encode(corpus)
     generator = torch.Generator().manual_seed(study.seed + 5)
@@ -318,9 +339,9 @@ def _checkpoint(
             "rule/weights": state.weights,
             "rule/first": state.first,
             "rule/second": state.second,
-            "rule/tail_sum": state.tail_sum,
+            "rule/average_sum": state.average_sum,
         }
-        facts["tail_count"] = state.tail_count
+        facts["average_weight"] = state.average_weight
     return Checkpoint(stage, number, tensors, facts)
 
 
@@ -330,8 +351,8 @@ def _rule_state(done: Checkpoint) -> rules.RuleState:
         rule["weights"],
         rule["first"],
         rule["second"],
-        rule["tail_sum"],
-        int(done.facts["tail_count"]),
+        rule["average_sum"],
+        float(done.facts["average_weight"]),
     )
 
 

@@ -21,7 +21,7 @@ def finish(study: Study, run: RunFolder, outcome: Outcome) -> None:
         "result.json",
         {
             "study": study.name,
-            "scaling": {name: list(pair) for name, pair in outcome.scaling.moments.items()},
+            "scaling": outcome.scaling.as_dict(),
             **outcome.facts,
         },
     )

@@ -41,7 +41,7 @@ Reply = TypeVar("Reply")
 
 @dataclass(frozen=True)
 class Moments:
-    """``sums`` [numeric columns, 3]: noised sums of value, square and presence, range-scaled.
+    """``sums`` [``moment_count``]: noised sums of what ``moment_contributions`` names.
 
     ``noise_std``: of their noise. ``hospitals``: how many are in them.
     """
@@ -125,16 +125,15 @@ class Panel:
         length = moment_count(self.study.dictionary)
         if self._in_sums:
             found = self._secure_sum("statistics", length)
-            sums = found.values.reshape(-1, 3)
-            return Moments(sums.float(), found.noise_std, len(found.hospitals))
-        task, shape = StatisticsTask(study_digest=self.study.digest(), attempt=0), (length // 3, 3)
+            return Moments(found.values.float(), found.noise_std, len(found.hospitals))
+        task, shape = StatisticsTask(study_digest=self.study.digest(), attempt=0), (length,)
         running = rules.Accumulator.empty(length)
         for reply in self._ask(
             "statistics", task, StatisticsReply, lambda reply: reply.sums.shape == shape
         ):
-            running = running.add(reply.sums.reshape(-1), 1.0)
+            running = running.add(reply.sums, 1.0)
         noise_std = stage_charge(self.study, "statistics").plan.noise_std
-        sums = running.total().reshape(shape).float()
+        sums = running.total().float()
         return Moments(sums, noise_std * math.sqrt(running.hospitals), running.hospitals)
 
     def histograms(self, task: EvaluateTask) -> list[Histogram]:

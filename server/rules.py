@@ -67,13 +67,14 @@ class Accumulator:
 
 @dataclass(frozen=True)
 class RuleState:
-    """Global weights [d], the rule's two moments [d], and the running tail sum [d]."""
+    """Global weights [d], the rule's two moments [d], and what the result is the mean of:
+    the weighted sum [d] of rounds' models, and the sum of their weights."""
 
     weights: Tensor
     first: Tensor
     second: Tensor
-    tail_sum: Tensor
-    tail_count: int = 0
+    average_sum: Tensor
+    average_weight: float = 0.0
 
 
 def start(weights: Tensor) -> RuleState:
@@ -92,6 +93,9 @@ def apply(
     ``fedadam``, ``fedyogi``: Reddi et al. 2021 (arXiv 2003.00295), algorithm 2:
     m ← β₁ m + (1−β₁) Δ; v ← β₂ v + (1−β₂) Δ² (Adam) or v − (1−β₂) Δ² sign(v − Δ²) (Yogi);
     w + η m / (√v + τ), with v starting at τ².
+
+    With ``tail_average`` the models of the last rounds count alike in the result; with ``ema`` all
+    rounds' do, each ``ema`` times as much as the one after it.
     """
     rate, beta1, beta2, tau = (spec.server_learning_rate, spec.momentum, spec.beta2, spec.tau)
     first, second = state.first, state.second
@@ -112,15 +116,18 @@ def apply(
         move = first / (second.sqrt() + tau)
     weights = state.weights + rate * move
     state = replace(state, weights=weights, first=first, second=second)
-    if round_number >= rounds - round(spec.tail_average * rounds):
+    fade = spec.ema or 1.0
+    if spec.ema or round_number >= rounds - round(spec.tail_average * rounds):
         state = replace(
-            state, tail_sum=state.tail_sum + weights.double(), tail_count=state.tail_count + 1
+            state,
+            average_sum=fade * state.average_sum + weights.double(),
+            average_weight=fade * state.average_weight + 1,
         )
     return state
 
 
 def result(state: RuleState) -> Tensor:
-    """The stage's final weights [d]: the mean over the tail, or the last ones."""
-    if state.tail_count:
-        return (state.tail_sum / state.tail_count).float()
+    """The stage's final weights [d]: the weighted mean of rounds' models, or the last one."""
+    if state.average_weight:
+        return (state.average_sum / state.average_weight).float()
     return state.weights

@@ -6,6 +6,7 @@
     ├── study.toml            the resolved study
     ├── environment.json      versions, machine, seed
     ├── metrics.jsonl         one line per round
+    ├── costs.jsonl           what each round took here: seconds by the wall and of the processors
     ├── checkpoint.json       the last finished step and the tensors that belong to it
     ├── checkpoints/          those tensors (safetensors)
     ├── rounds/               the model after every round (safetensors, trainable weights)
@@ -41,6 +42,7 @@ from common.files import write_atomically
 from common.study import Study, load_study
 from common.tensors import load_tensors, save_tensors
 
+COSTS = "costs.jsonl"
 _LOOK_S = 0.5
 _PACKAGES = ("flwr", "torch", "opacus", "numpy", "dp-accounting", "cryptography")
 
@@ -149,11 +151,16 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All whole lines of metrics."""
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return []
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        return _whole_lines(self.path / "metrics.jsonl")
+
+    def log_cost(self, line: Mapping[str, Any]) -> None:
+        """Append what a round took here. Apart from the metrics, which two runs have alike."""
+        with (self.path / COSTS).open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(line) + "\n")
+
+    def costs(self) -> list[dict[str, Any]]:
+        """All whole lines of costs."""
+        return _whole_lines(self.path / COSTS)
 
     def save_round(self, stage: str, number: int, weights: Tensor) -> None:
         """Keep the model after a round, for curves and audits."""
@@ -200,6 +207,13 @@ class RunFolder:
         return (
             self.read_json("checkpoint.json") if (self.path / "checkpoint.json").exists() else None
         )
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects line by line; a line that was cut at the end is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def _locked(descriptor: int, *, wait_s: float) -> bool:

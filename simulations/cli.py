@@ -22,6 +22,7 @@ from client.cli import hospital_app
 from common.errors import ConsiliumError, StudyError, nearest
 from server.cli import coordinator_app
 from simulations.audit_cli import audit_app
+from simulations.cost_cli import cost
 from simulations.data_cli import data_app
 from simulations.options import (
     DATA_HOME,
@@ -52,6 +53,7 @@ study_app = typer.Typer(
     help="Study files.",
     epilog="Example: consilium study check deploy/examples/heart.toml",
 )
+app.command(rich_help_panel="Researcher", epilog="Example: consilium cost study.toml")(cost)
 app.add_typer(study_app, name="study", rich_help_panel="Researcher")
 app.add_typer(data_app, name="data", rich_help_panel="Researcher")
 app.add_typer(audit_app, name="audit", rich_help_panel="Researcher")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from client.app import failure
 from client.guard import MemoryGuard
-from client.hospital import Hospital, units_of
+from client.hospital import Hospital
 from client.rounds import check_same_study, training_release, training_request, training_round
 from client.training import Assignment
 from common.errors import RefusalError
@@ -33,11 +33,12 @@ from common.learning.loop import Gradient
 from common.learning.records import Records
 from common.privacy.plan import StepPlan
 from common.randomness import Stream
+from common.study import Study
 from common.tables import concatenate
 from common.tensors import digest_tensors
 from common.wire import TrainReply, TrainTask
 from simulations.grid import Backend
-from simulations.stacked import can_stack, stacked
+from simulations.stacked import obstacle, stacked
 from simulations.tiles import BATCH_BYTES, hospital_bytes, row_numbers, tiles
 
 _logger = logging.getLogger(__name__)
@@ -81,7 +82,8 @@ class Round:
 
     def bytes_of(self, node: int) -> int:
         """What a hospital takes in a batch."""
-        weights, rows = self.assignment.start.numel(), len(self.cohort.records[node].inputs)
+        weights, records = self.assignment.start.numel(), self.cohort.records[node]
+        rows = len(records.inputs) * records.views
         return hospital_bytes(weights, self._row_numbers, rows, self.assignment.charge.plan)
 
     @cached_property
@@ -136,11 +138,14 @@ class StackedEngine:
         except RefusalError:
             yield from self._one_by_one(messages)  # each hospital refuses for itself
             return
-        if obstacle := self._obstacle(assignment, messages):
-            self._say_once(obstacle)
+        reason = self._unlike(messages, assignment.study)
+        if not reason:
+            round_ = Round(assignment, self._encoded(assignment, task))
+            reason = obstacle(assignment.model, round_.cohort.inputs)
+        if reason:
+            self._say_once(reason)
             yield from self._one_by_one(messages)
             return
-        round_ = Round(assignment, self._encoded(assignment, task))
         request = training_request(task)
         # Whatever the order of the messages, the same hospitals share a batch.
         messages = sorted(messages, key=lambda one: one.metadata.dst_node_id)
@@ -155,7 +160,7 @@ class StackedEngine:
         refusals: dict[int, Exception] = {}
         for message in messages:
             node, hospital = message.metadata.dst_node_id, self._hospital(message)
-            assert isinstance(hospital.guard, MemoryGuard)  # noqa: S101  (see _obstacle)
+            assert isinstance(hospital.guard, MemoryGuard)  # noqa: S101  (see _unlike)
             units = round_.cohort.records[node].units
             try:
                 asked = training_release(hospital, assignment, hospital.train, units, request)
@@ -180,15 +185,13 @@ class StackedEngine:
             )
             yield Message(pack(reply), reply_to=message)
 
-    def _obstacle(self, assignment: Assignment, messages: list[Message]) -> str | None:
-        """Why this round is not stacked; None when it is."""
+    def _unlike(self, messages: list[Message], study: Study) -> str | None:
+        """Why these hospitals cannot be taken together; None when they can."""
         hospitals = [self._hospital(message) for message in messages]
-        if any(one.study is not assignment.study for one in hospitals):
+        if any(one.study is not study for one in hospitals):
             return "hospitals hold different copies of the study"
         if any(not isinstance(one.guard, MemoryGuard) for one in hospitals):
             return "hospitals keep ledgers of their own"
-        if not can_stack(assignment.model):
-            return f"{type(assignment.model).__name__} has a layer without a stacked rule"
         return None
 
     def _encoded(self, assignment: Assignment, task: TrainTask) -> Cohort:
@@ -205,10 +208,10 @@ class StackedEngine:
     def _hospital(self, message: Message) -> Hospital:
         return self._hospitals[message.metadata.dst_node_id - 1]
 
-    def _say_once(self, obstacle: str) -> None:
-        if obstacle not in self._said:
-            self._said.add(obstacle)
-            _logger.warning("one by one, not stacked: %s", obstacle)
+    def _say_once(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            _logger.warning("one by one, not stacked: %s", reason)
 
 
 def encode_together(assignment: Assignment, hospitals: Sequence[Hospital]) -> Cohort:
@@ -216,11 +219,8 @@ def encode_together(assignment: Assignment, hospitals: Sequence[Hospital]) -> Co
     inputs, targets = assignment.pairs(concatenate([one.train for one in hospitals]))
     records, first, start = {}, {}, 0
     for node, hospital in enumerate(hospitals, start=1):
-        owners, units = units_of(hospital.train, assignment.study.privacy.unit)
-        stop = start + len(owners)
-        records[node] = Records(
-            inputs[start:stop], targets[start:stop], torch.from_numpy(owners), units
-        )
+        stop = start + len(hospital.train)
+        records[node] = assignment.grouped(hospital.train, inputs[start:stop], targets[start:stop])
         first[node], start = start, stop
     return Cohort(inputs, targets, records, first)
 
@@ -262,11 +262,12 @@ def draw(round_: Round, lanes: Sequence[Lane]) -> Batch:
 
 
 def _draw_ragged(plan: StepPlan, cohort: Cohort, lanes: Sequence[Lane]) -> Batch:
-    chosen, owned, rows_each, units_each, before = [], [], [], [], 0
+    seen, chosen, owned, rows_each, units_each, before = [], [], [], [], [], 0
     for lane in lanes:
         records = cohort.records[lane.node]
         units = plan.sample(lane.stream, records.units)
         rows, owners = records.rows_of(units, plan.records_per_unit, lane.stream)
+        seen.append(records.look(rows, lane.stream))
         chosen.append(rows + cohort.first[lane.node])
         owned.append(owners + before)
         rows_each.append(len(rows))
@@ -274,7 +275,7 @@ def _draw_ragged(plan: StepPlan, cohort: Cohort, lanes: Sequence[Lane]) -> Batch
         before += len(units)
     rows = torch.cat(chosen)
     return Batch(
-        inputs=cohort.inputs[rows],
+        inputs=torch.cat(seen),
         targets=cohort.targets[rows],
         owners=torch.cat(owned),
         rows=Groups(tuple(rows_each)),

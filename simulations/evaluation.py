@@ -74,8 +74,7 @@ def together(scores: Sequence[Scores]) -> Scores:
 def finished_models(run: RunFolder, study: Study) -> tuple[Teacher, Student, FeatureMap]:
     """Teacher, student and feature map of a finished run."""
     result = run.read_json("result.json")
-    scaling = Scaling({name: (mean, std) for name, (mean, std) in result["scaling"].items()})
-    features = FeatureMap(study.dictionary, scaling)
+    features = FeatureMap(study.dictionary, Scaling.from_dict(result["scaling"]))
     teacher = load_teacher(study, features, load_tensors(run.path / "teacher.safetensors"))
     student = load_student(study, features, load_tensors(run.path / "student.safetensors"))
     return teacher, student, features

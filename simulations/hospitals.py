@@ -79,6 +79,8 @@ def build_world(study: Study, data_folder: Path) -> World:
     if study.public.kind == "file":
         assert study.public.source is not None  # noqa: S101
         corpus = read_table(study.public.source, study.dictionary, data_folder, labelled=False)
+        if study.dictionary.modality == "molecule":
+            corpus = _elsewhere(corpus, [site.table for site in sites])
     return World(study, sites, corpus)
 
 
@@ -149,7 +151,8 @@ def write_world(world: World, folder: Path, *, noise_seed: int | None = None) ->
     ``noise_seed``: every hospital draws repeatable test noise, which protects nobody.
     """
     study, path = world.study, folder / "study.toml"
-    if not study.dictionary.patient_id and any(
+    are_compounds = study.dictionary.modality == "molecule"  # known again by their structures
+    if not (study.dictionary.patient_id or are_compounds) and any(
         len(set(site.table.patients)) < len(site.table) for site in world.sites
     ):
         raise StudyError(
@@ -211,6 +214,13 @@ def _set_apart(
     return unlabelled, remaining
 
 
+def _elsewhere(corpus: Table, tables: list[Table]) -> Table:
+    """The public compounds that no hospital has: a test compound must be new to every stage."""
+    name = corpus.dictionary.columns[0].name
+    kept = np.concatenate([table.values[name] for table in tables])
+    return corpus.take(np.flatnonzero(~np.isin(corpus.values[name], kept)))
+
+
 def _prefixed(table: Table, name: str) -> Table:
     patients = np.array([f"{name}/{patient}" for patient in table.patients], dtype=object)
     return Table(table.dictionary, table.values, table.labels, patients, table.report)
@@ -246,7 +256,11 @@ def _write_table(table: Table, folder: Path) -> dict[str, Any]:
 def _cell(column: Column, value: Any) -> Any:
     if column.kind == "numeric":
         return "" if np.isnan(value) else repr(float(value))
-    return "" if value < 0 else column.categories[value]
+    if column.kind == "molecule":
+        return value.decode()
+    if value < 0:
+        return ""
+    return f"#{value}" if column.kind == "code" else column.categories[value]
 
 
 def _key(stream: Stream) -> bytes:

@@ -1,4 +1,4 @@
-"""Made-up patients, hospitals and requests for audits; the code they meet is real."""
+"""Made-up patients, hospitals and requests, to audit and to price; the code they meet is real."""
 
 from __future__ import annotations
 
@@ -7,19 +7,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from client.guard import MemoryGuard
 from client.hospital import Hospital
 from client.rounds import train
+from common.dictionary import Column
 from common.features import FeatureMap, scaling_from_tensor
 from common.models import build_student, build_teacher
+from common.molecules import LONGEST
 from common.randomness import NoiseSource
 from common.study import Study, parse_study
 from common.tables import Table, TableReport
 from common.wire import TrainTask
 
 PATIENTS = 60
+# Aspirin, caffeine, ibuprofen and paracetamol.
+_COMPOUNDS = [
+    b"CC(=O)Oc1ccccc1C(=O)O",
+    b"Cn1c(=O)c2c(ncn2C)n(C)c1=O",
+    b"CC(C)Cc1ccc(C(C)C(=O)O)cc1",
+    b"CC(=O)Nc1ccc(O)cc1",
+]
 
 
 def made_up_study(
@@ -65,9 +75,40 @@ def made_up_study(
 def made_up_table(study: Study, patients: int) -> Table:
     """``patients`` patients with one random record each; the same every time."""
     generator = np.random.default_rng(0)
-    columns = {one.name: generator.normal(0, 1, patients) for one in study.dictionary.columns}
-    labels = generator.integers(0, 2, patients)
+    dictionary = study.dictionary
+    columns = {one.name: _cells(one, patients, generator) for one in dictionary.columns}
+    labels = _labels(dictionary.label, patients, generator)
     return rows_of(study, columns, labels, [f"p{one}" for one in range(patients)])
+
+
+def _cells(column: Column, rows: int, generator: np.random.Generator) -> NDArray[Any]:
+    if column.kind == "numeric":
+        return generator.normal(0, 1, rows)
+    if column.kind == "image":
+        assert column.shape is not None  # noqa: S101  (the dictionary refuses it otherwise)
+        return generator.random((rows, *column.shape), dtype=np.float32)
+    if column.kind == "text":
+        assert column.length is not None and column.vocabulary is not None  # noqa: S101
+        return generator.integers(1, column.vocabulary, (rows, column.length)).astype(np.int32)
+    if column.kind == "molecule":
+        return generator.choice(_COMPOUNDS, rows).astype(f"S{LONGEST}")
+    return generator.integers(0, column.buckets or len(column.categories), rows)
+
+
+def _labels(label: Any, rows: int, generator: np.random.Generator) -> NDArray[Any]:
+    if label.kind == "classes":
+        return generator.integers(0, len(label.classes), rows)
+    if label.kind == "several":
+        return generator.integers(0, 2, (rows, len(label.names))).astype(np.float32)
+    low, high = label.range
+    number: NDArray[np.float64] = generator.uniform(low, high, rows)
+    if label.kind == "number":
+        return number[:, None].astype(np.float32)
+    either = generator.integers(0, 2, rows)
+    if label.kind == "survival":
+        return np.stack([number, either], axis=1).astype(np.float32)
+    unknown = np.full(rows, np.nan)
+    return np.stack([either, number, unknown, unknown], axis=1).astype(np.float32)
 
 
 def rows_of(study: Study, values: Any, labels: Any, names: list[str]) -> Table:
@@ -75,7 +116,7 @@ def rows_of(study: Study, values: Any, labels: Any, names: list[str]) -> Table:
     return Table(
         dictionary=study.dictionary,
         values=values,
-        labels=np.asarray(labels, np.int64),
+        labels=np.asarray(labels),
         patients=np.array(names, dtype=object),
         report=TableReport(rows=len(names), patients=len(set(names)), unlabelled=0, columns=()),
     )

@@ -224,8 +224,7 @@ def _gradients(
 
 def _assignment(run: RunFolder, study: Study) -> Assignment:
     """What hospitals were asked; where an encoder stayed frozen, the final one is the same."""
-    moments = run.read_json("result.json")["scaling"]
-    scaling = Scaling({name: (mean, std) for name, (mean, std) in moments.items()})
+    scaling = Scaling.from_dict(run.read_json("result.json")["scaling"])
     task = TrainTask(
         study_digest=study.digest(),
         stage="finetune",

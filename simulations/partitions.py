@@ -10,8 +10,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from common.errors import DataError, StudyError
+from common.molecules import scaffold_sets
 from common.simulation import SimulationSpec, SitesSpec
-from common.tables import Table
+from common.tables import Table, compounds_of
 
 Integers = NDArray[np.int64]
 
@@ -34,7 +35,9 @@ def partition(
     owners = np.array([index[patient] for patient in table.patients])
     order = generator.permutation(len(patients))
     spare = len(patients) - hospitals * at_least
-    if spec.partition in ("label_skew", "covariate_shift"):
+    if spec.partition == "scaffold":
+        home = _by_scaffold(table, owners, hospitals)
+    elif spec.partition in ("label_skew", "covariate_shift"):
         groups = _quarters(table, owners, spec.column) if spec.column else _labels(table, owners)
         home = _by_group(groups, order, spec.concentration, hospitals, generator, at_least)
     else:
@@ -70,6 +73,16 @@ def by_site(
             f"found {hospitals}"
         )
     return [np.flatnonzero(labels == one) for one in found]
+
+
+def _by_scaffold(table: Table, owners: Integers, hospitals: int) -> Integers:
+    """Whole scaffolds, the largest set first, each to the hospital with the fewest so far: all
+    hospitals end with an equal share of the rare ones."""
+    home, sizes = np.empty(owners.max() + 1, dtype=np.int64), np.zeros(hospitals, dtype=np.int64)
+    for members in scaffold_sets(compounds_of(table)):
+        smallest = int(sizes.argmin())
+        home[members], sizes[smallest] = smallest, sizes[smallest] + len(members)
+    return home
 
 
 def _labels(table: Table, owners: Integers) -> Integers:

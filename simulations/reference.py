@@ -47,6 +47,7 @@ from common.sources import (
 )
 from common.strict import Strict
 from common.study import (
+    AugmentSpec,
     DistillSpec,
     EvaluationSpec,
     FederationSpec,
@@ -89,6 +90,7 @@ _SECTIONS: tuple[tuple[str, type[Strict]], ...] = (
     ("[pretrain]", PretrainSpec),
     ("[finetune]", FinetuneSpec),
     ("[distill]", DistillSpec),
+    ("[finetune.augment], [distill.augment]", AugmentSpec),
     ("[privacy]", PrivacySpec),
     ("[federation]", FederationSpec),
     ("[evaluation]", EvaluationSpec),

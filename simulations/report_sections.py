@@ -37,6 +37,7 @@ _PARTITIONS = {
     "power_law": "of unequal size (a few large, several small)",
     "label_skew": "whose shares of each class differ (label skew)",
     "covariate_shift": "whose patients differ in one column (covariate shift)",
+    "scaffold": "that share no scaffold",
     "sites": "as the data name them",
 }
 _STAGES = {
@@ -269,6 +270,8 @@ def _input_words(dictionary: Dictionary) -> str:
     if dictionary.image_shape is not None:
         height, width = dictionary.image_shape
         return f"an image of {height} × {width} pixels"
+    if dictionary.modality == "molecule":
+        return "a molecule, given as SMILES"
     if dictionary.text is not None:
         return f"a text of up to {dictionary.text.length} tokens"
     kinds = [column.kind for column in dictionary.columns]
@@ -312,11 +315,15 @@ def curve_words(curves: Mapping[str, Sequence[CurvePoint]], measure: Measure) ->
 
 def curve_caption(study: Study) -> str:
     """What the round curve shows."""
-    tail = study.federation.tail_average
+    tail, ema = study.federation.tail_average, study.federation.ema
+    rounds = (
+        f"all rounds, each counting {ema:g} times as much as the next,"
+        if ema
+        else f"the last {tail:.0%} of the rounds,"
+    )
     averaged = (
-        f" The last point is the average of the last {tail:.0%} of the rounds, which is "
-        f"what the study keeps."
-        if tail
+        f" The last point is the average of {rounds} which is what the study keeps."
+        if ema or tail
         else ""
     )
     title = capital(leading(study).title)

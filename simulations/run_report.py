@@ -13,8 +13,10 @@ from common.study import Study
 from common.tasks import Measure
 from server.store import RunFolder
 from simulations.comparison import CurvePoint
+from simulations.cost import measured_stages, model_costs, ratios
+from simulations.cost_words import cost_section
 from simulations.display import model_cells, model_headings, released_words
-from simulations.evaluation import round_curve
+from simulations.evaluation import finished_models, round_curve, score, together
 from simulations.markup import Content, Html, data_table, element, listed, note, page, paragraph
 from simulations.markup import section as part
 from simulations.measures import (
@@ -26,6 +28,7 @@ from simulations.measures import (
     number,
     worst_key,
 )
+from simulations.outcome_sections import outcome_sections
 from simulations.plots import round_plot
 from simulations.report_sections import (
     SIMULATED,
@@ -79,7 +82,9 @@ def write_run_report(run_folder: Path) -> Path:
             note(f"{missing_note(measures)} {direction_note(measures)}".strip()),
         ),
         *_rounds(run, study, hospitals),
+        *_outcomes(run, study, hospitals),
         *scenario_section(study, summary),
+        cost_section(ratios(*model_costs(study)), measured_stages(run)),
         privacy_section(statement),
         part("Limits", listed([SIMULATED, _ONE_RUN, *small_hospitals(tested)])),
         reproduce_section(
@@ -110,6 +115,12 @@ def _rounds(run: RunFolder, study: Study, hospitals: list[Hospital]) -> list[Htm
     words, caption = curve_words(curves, measure), curve_caption(study)
     shown = saved_picture(run.path, "rounds", drawn, alt=words, caption=caption)
     return [part("Round by round", shown)]
+
+
+def _outcomes(run: RunFolder, study: Study, hospitals: list[Hospital]) -> list[Html]:
+    """What this kind of outcome has to show beside its measures."""
+    _, student, features = finished_models(run, study)
+    return outcome_sections(run.path, together(score(student, study, features, hospitals)))
 
 
 def _run_headline(study: Study, summary: dict[str, Any]) -> Iterator[Content]:

@@ -11,7 +11,7 @@ from simulations.markup import Html, data_table, listed, note, section
 from simulations.measures import listing, measures_in, number
 from simulations.poison import scenario_of
 
-_STAGES = {
+STAGES = {
     "statistics": "scaling statistics",
     "finetune": "fine-tune teacher",
     "distill": "distil student",
@@ -62,10 +62,10 @@ def scenario_section(study: Study, summary: Mapping[str, Any]) -> list[Html]:
                 ("round", "time", "to hospitals", "from hospitals", *map(_FATES.get, fates)),  # type: ignore[arg-type]
                 [
                     (
-                        f"{_STAGES.get(one['stage'], one['stage'])} {one['round']}",
-                        _time(one["duration_s"]),
-                        _bytes(one["bytes_down"]),
-                        _bytes(one["bytes_up"]),
+                        f"{STAGES.get(one['stage'], one['stage'])} {one['round']}",
+                        time_words(one["duration_s"]),
+                        bytes_words(one["bytes_down"]),
+                        bytes_words(one["bytes_up"]),
                         *(str(one[key]) for key in fates),
                     )
                     for one in found["rounds"]
@@ -75,7 +75,7 @@ def scenario_section(study: Study, summary: Mapping[str, Any]) -> list[Html]:
                 "Hospital by hospital: measured bytes of the whole run",
                 ("hospital", "to it", "from it"),
                 [
-                    (name, _bytes(one["bytes_down"]), _bytes(one["bytes_up"]))
+                    (name, bytes_words(one["bytes_down"]), bytes_words(one["bytes_up"]))
                     for name, one in found["hospitals"].items()
                 ],
             ),
@@ -93,10 +93,10 @@ def _forecast_words(found: Mapping[str, Any]) -> str:
     visits = max(1, sum(one["answered"] + one["late"] + one["lost"] for one in found["rounds"]))
     rates = f"{line['downlink_mbit_s']:g}/{line['uplink_mbit_s']:g} Mbit/s (down/up)"
     return (
-        f"Forecast over hospital lines of {rates}: {_time(found['duration_s'])} for {rounds} "
-        f"rounds on patients, {_time(found['duration_s'] / max(1, rounds))} each; "
-        f"{_bytes(found['bytes_down'] / visits)} to and {_bytes(found['bytes_up'] / visits)} from "
-        f"a hospital and round."
+        f"Forecast over hospital lines of {rates}: {time_words(found['duration_s'])} for {rounds} "
+        f"rounds on patients, {time_words(found['duration_s'] / max(1, rounds))} each; "
+        f"{bytes_words(found['bytes_down'] / visits)} to and "
+        f"{bytes_words(found['bytes_up'] / visits)} from a hospital and round."
     )
 
 
@@ -167,10 +167,10 @@ def _figure(values: Sequence[float | None]) -> str:
     return f"{value} ({low} to {high})"
 
 
-def _time(seconds: float) -> str:
+def time_words(seconds: float) -> str:
     """A duration for a reader.
 
-    >>> _time(0.29), _time(75), _time(7320)
+    >>> time_words(0.29), time_words(75), time_words(7320)
     ('0.29 s', '1 min 15 s', '2 h 02 min')
     """
     if seconds < 60:
@@ -183,10 +183,10 @@ def _time(seconds: float) -> str:
     )
 
 
-def _bytes(count: float) -> str:
+def bytes_words(count: float) -> str:
     """A size for a reader.
 
-    >>> _bytes(812), _bytes(53396), _bytes(4.1e6)
+    >>> bytes_words(812), bytes_words(53396), bytes_words(4.1e6)
     ('812 B', '53.4 kB', '4.1 MB')
     """
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -54,7 +54,7 @@ def run_in_process(
     )
 
     def handle(message: Message) -> Message:
-        return client_app(message, _context(message.metadata.dst_node_id))
+        return client_app(message, node_context(message.metadata.dst_node_id))
 
     backend: Backend = one_by_one(handle, debug=debug)
     if engine == "stacked":
@@ -73,7 +73,7 @@ def conduct_over(
     """Conduct ``study`` over a backend that answers for ``hospitals``, as its scenario says."""
     scene = open_scene(study, run, hospitals)
     server_app = build_server_app(lambda _: Job(study, run, corpus, watch, facts=scene.facts))
-    server_app(InProcessGrid(len(hospitals), scene.over(backend)), _context(0))
+    server_app(InProcessGrid(len(hospitals), scene.over(backend)), node_context(0))
 
 
 def simulate(
@@ -190,5 +190,6 @@ def run_noise(run: RunFolder, names: list[str], noise_seed: int | None) -> dict[
     return secret_noise(key, names)
 
 
-def _context(node: int) -> Context:
+def node_context(node: int) -> Context:
+    """What Flower gives the app of node ``node``; 0 is the coordinator."""
     return Context(run_id=1, node_id=node, node_config={}, state=RecordDict(), run_config={})

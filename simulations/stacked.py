@@ -2,8 +2,9 @@
 
 Rows keep their place in the first dimension, hospital after hospital, so that everything without
 trainable weights (activations, attention's products, frozen layers) runs as it is. Only a trainable
-layer must know whose row is whose; this module has its rule, for every layer that
-``common.models.checks`` lets be trained.
+layer must know whose row is whose; this module has its rule, for every layer that has a gradient
+rule. To any other layer each row comes with its own hospital's weights (see
+``common.learning.unruled``).
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.errors import PrivacyError
 from common.learning.groups import Groups
-from common.models.checks import trains
+from common.learning.unruled import EachItsOwn, learnt
+from common.models.checks import check_private, check_records_apart, learners
 from common.tensors import trainable
 
 Own = dict[str, Tensor]
@@ -33,10 +36,10 @@ def stacked(model: nn.Module, weights: Tensor, groups: Groups) -> Iterator[None]
 
     ``weights`` [K, d]. The model's own trainable weights are not touched.
     """
-    layers = [layer for layer in model.modules() if trains(layer)]
+    ruled, unruled = learners(model)
     own = _by_parameter(trainable(model), weights)
     try:
-        for layer in layers:
+        for layer in ruled:
             named = {
                 name: own[parameter]
                 for name, parameter in layer.named_parameters(recurse=False)
@@ -44,22 +47,39 @@ def stacked(model: nn.Module, weights: Tensor, groups: Groups) -> Iterator[None]
             }
             # An attribute of the instance goes before the class's method; hooks run all the same.
             layer.__dict__["forward"] = _answering(layer, named, groups)
+        for layer in unruled:
+            named = {name: own[parameter] for name, parameter in learnt(layer).items()}
+            layer.__dict__["forward"] = EachItsOwn(layer, named, groups)
         yield
     finally:
-        for layer in layers:
+        for layer in [*ruled, *unruled]:
             layer.__dict__.pop("forward", None)
 
 
-def can_stack(model: nn.Module) -> bool:
-    """Whether every trainable layer has a rule, and nothing draws random numbers while it runs."""
-    return all(
-        type(layer) in RULES if trains(layer) else not _draws(layer) for layer in model.modules()
+def obstacle(model: nn.Module, like: Tensor) -> str | None:
+    """Why ``model`` cannot be stacked; None when it can. ``like`` [rows, …] gives records' shape.
+
+    A model that mixes records would mix hospitals. Dropout draws for the whole batch in one go:
+    other draws than those of each hospital.
+    """
+    try:
+        check_private(model)
+        check_records_apart(model, like)
+    except PrivacyError as error:
+        return str(error)
+    return (
+        f"{type(model).__name__} draws random numbers as it learns" if _draws(model, like) else None
     )
 
 
-def _draws(layer: nn.Module) -> bool:
-    """Dropout draws for the whole batch in one go: other draws than those of each hospital."""
-    return isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0
+def _draws(model: nn.Module, like: Tensor) -> bool:
+    training = model.training
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        before = torch.get_rng_state()
+        model.train()(torch.zeros_like(like[:1]))
+        drawn = not torch.equal(torch.get_rng_state(), before)
+    model.train(training)
+    return drawn
 
 
 def _by_parameter(parameters: list[nn.Parameter], weights: Tensor) -> dict[nn.Parameter, Tensor]:
@@ -89,24 +109,16 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, groups: Groups) -> Tensor:
         ctx.save_for_backward(inputs, weight)
         ctx.groups = groups
-        return _product(inputs, weight.mT, groups)
+        return groups.times(inputs, weight.mT)
 
     @staticmethod
     def backward(ctx: Any, derivative: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         inputs, weight = ctx.saved_tensors
         wanted, learns, _ = ctx.needs_input_grad
-        asked = _product(derivative, weight, ctx.groups) if wanted else None
+        asked = ctx.groups.times(derivative, weight) if wanted else None
         if not learns:
             return asked, None, None
-        lines = ctx.groups.lines(derivative)
-        return asked, torch.bmm(lines.mT, ctx.groups.lines(inputs)), None
-
-
-def _product(rows: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
-    """``rows`` [rows, …, a] times ``matrices`` [K, a, b]: [rows, …, b]."""
-    blocks = torch.bmm(groups.lines(rows), matrices)
-    shape = (len(groups), groups.longest, *rows.shape[1:-1], matrices.shape[2])
-    return groups.unblocked(blocks.view(shape))
+        return asked, ctx.groups.outer(derivative, inputs), None
 
 
 def _linear(layer: nn.Linear, inputs: Tensor, own: Own, groups: Groups) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.dictionary import Dictionary
 from common.features import FeatureMap
+from common.learning.augment import DRAWS, augmented
 from common.learning.gradients import batch_gradient
 from common.learning.loop import run
 from common.models import Student, Teacher
@@ -24,13 +25,18 @@ _JITTER = 0.1  # standard deviation added to mixed records, in scaled units
 def distill_publicly(study: Study, teacher: Teacher, student: Student, corpus: Tensor) -> float:
     """Train ``student`` in place to answer as ``teacher`` does; the final loss on mixed records."""
     spec, task = study.distill, task_of(study)
+    # Half of one molecule and half of another are none.
+    draw = plain if study.dictionary.modality == "molecule" else mixtures
     generator = torch.Generator().manual_seed(study.seed + 3)
-    watched = mixtures(corpus, _WATCHED, torch.Generator().manual_seed(study.seed + 4))
+    watched = draw(corpus, _WATCHED, torch.Generator().manual_seed(study.seed + 4))
     with torch.no_grad():
         watched_answers = teacher(watched)
 
     def objective() -> Tensor:
-        batch = mixtures(corpus, spec.batch, generator)
+        batch = draw(corpus, spec.batch, generator)
+        if spec.augment is not None:
+            draws = torch.rand(len(batch), DRAWS, generator=generator)
+            batch = augmented(batch, draws, spec.augment)
         with torch.no_grad():
             taught = teacher(batch)
         return task.distill_loss(student(batch), taught, spec.temperature).mean()
@@ -46,6 +52,11 @@ def distill_publicly(study: Study, teacher: Teacher, student: Student, corpus: T
         start, batch_gradient(student, objective), spec.optimiser, steps=spec.steps, watch=watch
     )
     return watch(weights)
+
+
+def plain(corpus: Tensor, rows: int, generator: torch.Generator) -> Tensor:
+    """``rows`` public records as they are."""
+    return corpus[torch.randint(len(corpus), (rows,), generator=generator)]
 
 
 def mixtures(corpus: Tensor, rows: int, generator: torch.Generator) -> Tensor:
@@ -81,6 +92,11 @@ def records_from_dictionary(
             block = torch.randn(rows, 1, generator=generator).clamp(-2, 2)
         elif column.kind == "binary":
             block = torch.randint(2, (rows, 1), generator=generator).float() - 0.5
+        elif column.kind == "code":
+            width = column.keep or column.buckets or 0
+            # One place more than there are: a code that is not kept is all zeros.
+            choice = torch.randint(width + 1, (rows,), generator=generator)
+            block = torch.eye(width + 1)[choice][:, :width]
         else:
             choice = torch.randint(len(column.categories), (rows,), generator=generator)
             block = torch.eye(len(column.categories))[choice]

@@ -23,7 +23,7 @@ def codes(teacher: Teacher, inputs: Tensor) -> Tensor:
     Raises PrivacyError when the encoder mixes records: a record's code would then tell of others,
     however well its own gradient is clipped.
     """
-    check_records_apart(teacher.encoder, inputs)
+    check_records_apart(teacher.encoder, inputs, learning=False)
     teacher.eval()
     with torch.no_grad():
         return torch.cat([teacher.represent(part) for part in _parts(teacher, inputs)])

@@ -9,11 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from common.learning.capture import Capture, LayerCall, Loss
+from common.learning.capture import Capture, LayerCall, LayerGradient, Loss
 from common.learning.groups import Groups
 from common.learning.layers import (
     Held,
-    LayerGradient,
     LayerSum,
     Sums,
     ghost,
@@ -140,11 +139,9 @@ class PerRecordGradients:
         return _clipped(self.capture.parameters, layers, groups, plan, present)
 
     def _gradients(self, inputs: Tensor, targets: Tensor) -> list[LayerGradient]:
-        return [
-            gradient
-            for calls in _by_layer(self.capture(self.loss, inputs, targets))
-            for gradient in record_gradients(calls)
-        ]
+        seen = self.capture(self.loss, inputs, targets)
+        ruled = [one for calls in _by_layer(seen.calls) for one in record_gradients(calls)]
+        return ruled + seen.gradients
 
 
 class GhostNorms:
@@ -161,7 +158,7 @@ class GhostNorms:
         self._per_record = PerRecordGradients(model, loss)
         self._capture = self._per_record.capture
         self.size = self._capture.size
-        self._held = sum(held_numbers(module) for module in model.modules())
+        self._held = sum(map(held_numbers, self._capture.learners))
 
     def check(self, like: Tensor) -> None:
         """See ``Engine``."""
@@ -186,8 +183,10 @@ class GhostNorms:
             return self._per_record.clipped_sums(inputs, targets, owners, groups, plan, present)
         if len(inputs) == 0:
             return torch.zeros(len(groups), self.size)
-        calls = self._capture(self.loss, inputs, targets)
-        layers = [ghost(one) for one in _by_layer(calls)]
+        seen = self._capture(self.loss, inputs, targets)
+        layers = [ghost(one) for one in _by_layer(seen.calls)]
+        if seen.gradients:
+            layers.append(Held(seen.gradients))
         return _clipped(self._capture.parameters, layers, groups, plan, present)
 
 
@@ -206,7 +205,7 @@ def clipped_sum(
 
 
 def choose_engine(model: nn.Module, loss: Loss, records: Records) -> Engine:
-    """Ghost norms when every unit has one record, otherwise per-record gradients.
+    """Ghost norms when every unit has one record, seen once; otherwise per-record gradients.
 
     Measured on one core, ghost norms over per-record gradients in time for 16 to 256 records: a
     linear head 0.9, MLPs of width 16 and 64 0.6 to 0.9, an MLP of width 512 0.04 to 0.5 (and none
@@ -216,7 +215,8 @@ def choose_engine(model: nn.Module, loss: Loss, records: Records) -> Engine:
 
     Raises PrivacyError when ``model`` has no per-record gradients.
     """
-    return (GhostNorms if records.one_each else PerRecordGradients)(model, loss)
+    alone = records.one_each and records.views == 1
+    return (GhostNorms if alone else PerRecordGradients)(model, loss)
 
 
 def private_gradient(
@@ -243,7 +243,7 @@ def private_gradient(
             total += clipped_sum(
                 each,
                 weights,
-                records.inputs[chosen],
+                records.look(chosen, stream),
                 records.targets[chosen],
                 owners[part] - start,
                 stop - start,
@@ -265,22 +265,23 @@ def plain_gradient(
 ) -> Gradient:
     """The same mean over the same samples, neither clipped nor noised: for the comparison only."""
 
-    def summed(rows: Tensor, share: Tensor) -> Tensor:
-        losses = loss(model(records.inputs[rows]), records.targets[rows])
-        return (losses * share).sum() / expected_units
+    def summed(inputs: Tensor, targets: Tensor, share: Tensor) -> Tensor:
+        return (loss(model(inputs), targets) * share).sum() / expected_units
 
     def gradient(weights: Tensor) -> Tensor:
         units = plan.sample(stream, records.units)
         if len(units) == 0:
             return torch.zeros_like(weights)
         rows, owners = records.rows_of(units, plan.records_per_unit, stream)
+        inputs = records.look(rows, stream)
         share = 1.0 / torch.bincount(owners)[owners].float()
         total = torch.zeros_like(weights)
         at_once = rows_at_once(record_numbers(model))
-        for some, weight in zip(
-            torch.split(rows, at_once), torch.split(share, at_once), strict=True
+        for some in zip(
+            *(torch.split(one, at_once) for one in (inputs, records.targets[rows], share)),
+            strict=True,
         ):
-            total += _backward(model, weights, partial(summed, some, weight))
+            total += _backward(model, weights, partial(summed, *some))
         return total
 
     return gradient

@@ -60,6 +60,34 @@ class Groups:
         """``values`` [rows, …, width] as [K, longest · …, width], for products of matrices."""
         return self.blocks(values).flatten(start_dim=1, end_dim=-2)
 
+    def times(self, values: Tensor, matrices: Tensor) -> Tensor:
+        """``values`` [rows, …, a] times the group's own of ``matrices`` [K, a, b]: [rows, …, b].
+
+        Groups of different sizes are multiplied one by one: filling them up would move all rows
+        twice, and multiply the empty ones.
+        """
+        if self._even:
+            blocks = torch.bmm(self.lines(values), matrices)
+            return blocks.view(*values.shape[:-1], matrices.shape[2])
+        made = values.new_empty(*values.shape[:-1], matrices.shape[2])
+        for one, (start, stop) in zip(matrices, self.bounds(), strict=True):
+            torch.mm(
+                values[start:stop].flatten(end_dim=-2),
+                one,
+                out=made[start:stop].flatten(end_dim=-2),
+            )
+        return made
+
+    def outer(self, values: Tensor, others: Tensor) -> Tensor:
+        """Σ over each group of ``values`` [rows, …, a] ⊗ ``others`` [rows, …, b]: [K, a, b]."""
+        if self._even:
+            return torch.bmm(self.lines(values).mT, self.lines(others))
+        made = values.new_empty(len(self), values.shape[-1], others.shape[-1])
+        for one, (start, stop) in zip(made, self.bounds(), strict=True):
+            left, right = (part[start:stop].flatten(end_dim=-2) for part in (values, others))
+            torch.mm(left.t(), right, out=one)
+        return made
+
     @cached_property
     def _places(self) -> Tensor:
         """The place of each row among K · longest [rows]."""

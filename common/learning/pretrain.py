@@ -19,6 +19,7 @@ from common.models import Teacher, initialise
 from common.models.lora import uncorrected
 from common.models.pretrained import PinnedEncoder
 from common.models.transformer import TokenEncoder, longest
+from common.modelspec import VitSpec
 from common.study import Study
 from common.tensors import get_vector, set_vector
 from common.text import PADDING
@@ -52,12 +53,18 @@ def _pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tens
     generator = torch.Generator().manual_seed(study.seed)
     held = max(1, len(corpus) // _WATCHED_SHARE)
     watched, training = corpus[:held], corpus[held:] if len(corpus) > held else corpus
-    watched_mask = mask_for(features, watched, spec.mask_rate, torch.Generator().manual_seed(0))
+    # A patch that a transformer sees as one is hidden as one.
+    patch = study.teacher.patch if isinstance(study.teacher, VitSpec) else _PATCH
+
+    def mask(batch: Tensor, source: torch.Generator) -> Tensor:
+        return mask_for(features, batch, spec.mask_rate, source, patch=patch)
+
+    watched_mask = mask(watched, torch.Generator().manual_seed(0))
 
     def objective() -> Tensor:
         rows = torch.randint(len(training), (spec.batch,), generator=generator)
         batch = training[rows]
-        return hidden_loss(pair, batch, mask_for(features, batch, spec.mask_rate, generator))
+        return hidden_loss(pair, batch, mask(batch, generator))
 
     def watch(weights: Tensor) -> float:
         set_vector(pair, weights)
@@ -76,9 +83,15 @@ def _pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tens
 
 
 def mask_for(
-    features: FeatureMap, batch: Tensor, rate: float, generator: torch.Generator
+    features: FeatureMap,
+    batch: Tensor,
+    rate: float,
+    generator: torch.Generator,
+    *,
+    patch: int = _PATCH,
 ) -> Tensor:
-    """True where an input is hidden: whole columns of a table, patches of an image, tokens."""
+    """True where an input is hidden: whole columns of a table, tokens, whole patches of an image,
+    ``patch`` pixels on a side."""
     rows = len(batch)
     if features.text_shape is not None:
         return (torch.rand(batch.shape, generator=generator) < rate) & (batch != PADDING)
@@ -86,14 +99,15 @@ def mask_for(
         mask = torch.zeros(batch.shape, dtype=torch.bool)
         groups = features.groups()
         hidden = torch.rand(rows, len(groups), generator=generator) < rate
-        for index, group in enumerate(groups):
-            mask[:, group] = hidden[:, index, None]
+        widths = torch.tensor([group.stop - group.start for group in groups])
+        column = torch.repeat_interleave(torch.arange(len(groups)), widths)
+        mask[:, : len(column)] = hidden[:, column]
         return mask
     height, width = features.image_shape
     patches = (
-        torch.rand(rows, 1, -(-height // _PATCH), -(-width // _PATCH), generator=generator) < rate
+        torch.rand(rows, 1, -(-height // patch), -(-width // patch), generator=generator) < rate
     )
-    grown = patches.repeat_interleave(_PATCH, 2).repeat_interleave(_PATCH, 3)
+    grown = patches.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
     return grown[:, :, :height, :width]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -29,8 +31,9 @@ __all__ = [
 def build_teacher(study: Study, features: FeatureMap) -> Teacher:
     """The teacher at its random start, the same for everyone with the study's seed."""
     spec = study.teacher
-    encoder, width = family_of(spec).encoder(spec, features)
-    skip = features.width if isinstance(spec, MlpSpec) and spec.skip else 0
+    with _drawing(study.seed):
+        encoder, width = family_of(spec).encoder(spec, features)
+    skip = features.numbers if isinstance(spec, MlpSpec) and spec.skip else 0
     teacher = Teacher(encoder, width=width, skip=skip, outputs=task_of(study).outputs)
     initialise(teacher, seed=study.seed)
     nn.init.zeros_(teacher.head.weight)  # before the first patient, no opinion
@@ -41,7 +44,8 @@ def build_teacher(study: Study, features: FeatureMap) -> Teacher:
 
 def build_student(study: Study, features: FeatureMap) -> Student:
     """The student at its random start."""
-    network = family_of(study.student).student(study.student, features, task_of(study).outputs)
+    with _drawing(study.seed + 1):
+        network = family_of(study.student).student(study.student, features, task_of(study).outputs)
     student = Student(network)
     initialise(student, seed=study.seed + 1)
     return student
@@ -78,6 +82,14 @@ def initialise(module: nn.Module, *, seed: int) -> None:
         for parameter in (weight, getattr(layer, "bias", None)):
             if parameter is not None:
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """What a network draws for itself, for layers that ``initialise`` does not know."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -1,8 +1,9 @@
 """Which models can be trained privately: refused before training, with the reason in one line.
 
 A private step needs the gradient of each record by itself. That exists only when no record changes
-another one's answer, nothing computed from records stays in the model, and every trainable layer
-has a tested rule for its records' gradients.
+another one's answer and nothing computed from records stays in the model. A layer of a kind listed
+here has a fast rule for it; any other is differentiated record by record (see
+``common.learning.unruled``).
 """
 
 from __future__ import annotations
@@ -39,14 +40,6 @@ CHECKPOINTED = (
     "twice; switch it off"
 )
 _MADE_UP_TOKENS = 8
-_INSTEAD: dict[type[nn.Module], str] = {
-    nn.MultiheadAttention: "use opacus.layers.DPMultiheadAttention, which is made of Linear layers",
-    nn.LSTM: "use opacus.layers.DPLSTM frozen, or an attention or convolution layer",
-    nn.GRU: "use opacus.layers.DPGRU frozen, or an attention or convolution layer",
-    nn.Bilinear: "use Linear layers",
-    nn.EmbeddingBag: "use Embedding and a mean",
-    SequenceBias: "build the attention without add_bias_kv",
-}
 
 
 def check_private(model: nn.Module) -> None:
@@ -73,7 +66,7 @@ def check_private(model: nn.Module) -> None:
                 f"{place}: overwrites the values that per-record gradients are computed from; "
                 f"set inplace=False"
             )
-        if trains(module):
+        if trains_within(module):
             _check_layer(place, module)
     _check_untied(model)
 
@@ -83,13 +76,46 @@ def trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
 
-def check_records_apart(model: nn.Module, like: Tensor) -> None:
+def trains_within(module: nn.Module) -> bool:
+    """Whether the module, or a part of it, holds a trainable parameter."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def has_rule(module: nn.Module) -> bool:
+    """Whether ``module`` has a rule for its records' gradients."""
+    return type(module) in SUPPORTED_LAYERS and getattr(module, "padding_mode", "zeros") == "zeros"
+
+
+def learners(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The layers that learn: those with a rule, and those without.
+
+    A layer without one is a whole, with all its parts: what they do, it alone knows. (PyTorch's
+    attention never calls the layer that holds some of its weights.)
+    """
+    ruled: list[nn.Module] = []
+    unruled: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        if module in ruled or module in unruled or not trains_within(module):
+            return
+        if trains(module) or isinstance(module, nn.MultiheadAttention):
+            (ruled if has_rule(module) else unruled).append(module)
+            return
+        for part in module.children():
+            visit(part)
+
+    visit(model)
+    return ruled, unruled
+
+
+def check_records_apart(model: nn.Module, like: Tensor, *, learning: bool = True) -> None:
     """Refuse a model in which one record changes another one's answer.
 
     Two made-up records of the shape and type of ``like`` [rows, …] are answered together and
     alone; no patient's value enters. It finds hand-written normalisation over the batch, which no
     list of layers can, and trainable layers that see something else than records in the first
-    dimension, which would be mistaken for records whenever the sizes happen to agree.
+    dimension, which would be mistaken for records whenever the sizes happen to agree. A model that
+    is ``learning`` is asked in training mode too, where it may compute something else.
     """
     shape = (2, *like.shape[1:])
     if like.is_floating_point():
@@ -103,7 +129,7 @@ def check_records_apart(model: nn.Module, like: Tensor) -> None:
     def note(layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
         rows_seen.append((layer, tuple(arguments[0].shape), tuple(output.shape)))
 
-    handles = [one.register_forward_hook(note) for one in model.modules() if trains(one)]
+    handles = [one.register_forward_hook(note) for one in learners(model)[0]]
     training = model.training
     model.eval()  # dropout draws differ between calls, by design
     try:
@@ -114,18 +140,36 @@ def check_records_apart(model: nn.Module, like: Tensor) -> None:
             for layer, given, answered in rows_seen:
                 check_records_first(model, layer, rows, given, answered)
             rows_seen.clear()
+        others = _beside_others(model, made_up) if learning else answers[:1] * 2
     finally:
         model.train(training)
         for handle in handles:
             handle.remove()
     together, alone = answers
-    if alone.shape[0] != 1 or not torch.allclose(
-        together[:1], alone, rtol=1e-3, atol=1e-4, equal_nan=True
-    ):
+    if alone.shape[0] != 1 or not (_equal(together, alone) and _equal(*others)):
         raise PrivacyError(
             f"{type(model).__name__}: the answer for one record depends on the other records of "
             f"its batch, so that no patient's own gradient exists; normalise each record by itself"
         )
+
+
+def _beside_others(model: nn.Module, made_up: Tensor) -> list[Tensor]:
+    """Answers in training mode to the first of two records, beside the second and beside itself.
+
+    Both batches have one shape and one seed, so that dropout draws alike for them.
+    """
+    answers = []
+    model.train()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for rows in ((0, 1), (0, 0)):
+            torch.manual_seed(0)
+            answers.append(model(made_up[list(rows)]))
+    return answers
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether the first record is answered alike."""
+    return torch.allclose(one[:1], other[:1], rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 def check_records_first(
@@ -150,23 +194,19 @@ def _place(name: str, layer: nn.Module) -> str:
 
 
 def _check_layer(place: str, module: nn.Module) -> None:
-    kind = type(module)
-    if kind not in SUPPORTED_LAYERS:
-        known = ", ".join(sorted(one.__name__ for one in SUPPORTED_LAYERS))
-        instead = _INSTEAD.get(kind, f"put its parameters into one of {known}, or freeze it")
-        raise PrivacyError(f"{place}: no rule for its per-record gradients; {instead}")
-    if any(True for _ in module.buffers(recurse=False)):
+    if isinstance(module, SequenceBias):
+        raise PrivacyError(
+            f"{place}: its answer does not hold the records one by one; "
+            f"build the attention without add_bias_kv"
+        )
+    if type(module) in SUPPORTED_LAYERS and any(True for _ in module.buffers(recurse=False)):
         raise PrivacyError(
             f"{place}: a trainable layer with buffers may keep values of patients; "
             f"remove the buffers or freeze the layer"
         )
     if getattr(module, "parametrizations", None):
         raise PrivacyError(f"{place}: parametrised weights have no per-record rule; remove them")
-    if getattr(module, "padding_mode", "zeros") != "zeros":
-        raise PrivacyError(
-            f"{place}: padding_mode={module.padding_mode!r} has no per-record rule; use 'zeros'"
-        )
-    if isinstance(module, nn.Embedding) and (
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag) and (
         module.max_norm is not None or module.scale_grad_by_freq or module.sparse
     ):
         raise PrivacyError(

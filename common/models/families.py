@@ -11,9 +11,11 @@ from torch import nn
 from common import plugins
 from common.errors import StudyError
 from common.features import FeatureMap
-from common.models.networks import image_encoder, image_student, table_encoder
+from common.models.graphs import GraphEncoder
+from common.models.networks import First, image_encoder, image_student, table_encoder
 from common.models.pretrained import PinnedEncoder
 from common.models.transformer import TokenEncoder
+from common.models.vision import VisionTransformer
 from common.modelspec import ModelSpec, OwnSpec
 
 
@@ -29,11 +31,24 @@ class Family:
 
 
 def _mlp_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
-    return table_encoder(features.width, spec.hidden), spec.hidden[-1]
+    encoder = table_encoder(features.numbers, spec.hidden)
+    if features.numbers < features.width:
+        encoder.insert(0, First(features.numbers))
+    return encoder, spec.hidden[-1]
 
 
 def _mlp_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:
     encoder, width = _mlp_encoder(spec, features)
+    return nn.Sequential(encoder, nn.Linear(width, outputs))
+
+
+def _graph_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
+    assert features.molecule is not None  # noqa: S101  (the study refuses it otherwise)
+    return GraphEncoder(features.molecule, spec.hidden), spec.hidden[-1]
+
+
+def _graph_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:
+    encoder, width = _graph_encoder(spec, features)
     return nn.Sequential(encoder, nn.Linear(width, outputs))
 
 
@@ -45,6 +60,23 @@ def _cnn_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
 def _cnn_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:
     assert features.image_shape is not None  # noqa: S101
     return image_student(features.image_shape, spec.hidden, outputs)
+
+
+def _vit_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
+    assert features.image_shape is not None  # noqa: S101
+    encoder = VisionTransformer(
+        features.image_shape,
+        patch=spec.patch,
+        width=spec.width,
+        depth=spec.depth,
+        heads=spec.heads,
+    )
+    return encoder, spec.width
+
+
+def _vit_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:
+    encoder, width = _vit_encoder(spec, features)
+    return nn.Sequential(encoder, nn.Linear(width, outputs))
 
 
 def _transformer_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
@@ -79,6 +111,8 @@ def _no_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:  # 
 _FAMILIES: Mapping[str, Family] = {
     "mlp": Family(_mlp_encoder, _mlp_student),
     "cnn": Family(_cnn_encoder, _cnn_student),
+    "vit": Family(_vit_encoder, _vit_student),
+    "graph": Family(_graph_encoder, _graph_student),
     "transformer": Family(_transformer_encoder, _transformer_student),
     "pretrained": Family(_pretrained_encoder, _no_student),
 }

@@ -14,8 +14,8 @@ from common.models.pretrained import PinnedEncoder
 class Teacher(nn.Module):
     """An encoder, pre-trained on public data, and a linear head for the study's question.
 
-    ``skip`` > 0: the head also sees the ``skip`` raw inputs ("wide and deep", Cheng et al. 2016):
-    under strong noise the linear part learns first.
+    ``skip`` > 0: the head also sees the first ``skip`` raw inputs ("wide and deep", Cheng et al.
+    2016): under strong noise the linear part learns first.
     """
 
     def __init__(self, encoder: nn.Module, *, width: int, skip: int, outputs: int) -> None:
@@ -33,7 +33,7 @@ class Teacher(nn.Module):
         """What the head sees of each record: [rows, width + skip]."""
         answers = self.encoder.recall if isinstance(self.encoder, PinnedEncoder) else self.encoder
         code: Tensor = answers(inputs)
-        return torch.cat([code, inputs], dim=1) if self.skip else code
+        return torch.cat([code, inputs[:, : self.skip]], dim=1) if self.skip else code
 
 
 class Student(nn.Module):
@@ -46,6 +46,18 @@ class Student(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Answers [rows, outputs]."""
         return self.network(inputs)  # type: ignore[no-any-return]
+
+
+class First(nn.Module):
+    """Only the first ``count`` inputs of each record."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[rows, width] → [rows, count]."""
+        return inputs[:, : self.count]
 
 
 def table_encoder(width: int, hidden: tuple[int, ...]) -> nn.Sequential:

@@ -7,53 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from common.models.attention import Block
 from common.text import PADDING
-
-
-class SelfAttention(nn.Module):
-    """Attention over all positions, made of Linear layers: [rows, T, width] → the same."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, inputs: Tensor, present: Tensor | None = None) -> Tensor:
-        """Mix positions of each record by itself; of those ``present`` [rows, T], if given."""
-        rows, positions, width = inputs.shape
-
-        def split(layer: nn.Module) -> Tensor:
-            answer: Tensor = layer(inputs)
-            return answer.reshape(rows, positions, self.heads, -1).transpose(1, 2)
-
-        query, key, value = split(self.query), split(self.key), split(self.value)
-        scores = query @ key.mT / math.sqrt(query.shape[-1])
-        if present is not None:
-            # Finite, so that a record without any token has an answer, and gradients.
-            scores = scores.masked_fill(~present[:, None, None], torch.finfo(scores.dtype).min)
-        mixed = (torch.softmax(scores, dim=-1) @ value).transpose(1, 2)
-        return self.out(mixed.reshape(rows, positions, width))  # type: ignore[no-any-return]
-
-
-class Block(nn.Module):
-    """One pre-norm transformer layer."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.first_norm = nn.LayerNorm(width)
-        self.attention = SelfAttention(width, heads)
-        self.second_norm = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, inputs: Tensor, present: Tensor | None = None) -> Tensor:
-        """[rows, T, width] → the same."""
-        inputs = inputs + self.attention(self.first_norm(inputs), present)
-        wide = nn.functional.gelu(self.up(self.second_norm(inputs)))
-        return inputs + self.down(wide)  # type: ignore[no-any-return]
 
 
 class TokenEncoder(nn.Module):

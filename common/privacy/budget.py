@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from common.errors import PrivacyError
+from common.features import moment_norm
 from common.privacy.accounting import (
     Event,
     GaussianEvent,
@@ -117,31 +118,31 @@ def budget_of(study: Study) -> Budget:
 
     A hospital takes σ from here, never from a message.
     """
-    numeric = sum(column.kind == "numeric" for column in study.dictionary.columns)
     return _budget(
         study.privacy,
         study.finetune,
         study.distill,
-        numeric if study.scaling == "private" else None,
+        moment_norm(study.dictionary) if study.scaling == "private" else None,
     )
 
 
 @lru_cache(maxsize=256)
 def _budget(
-    privacy: PrivacySpec, finetune: FinetuneSpec, distill: DistillSpec, scaled_columns: int | None
+    privacy: PrivacySpec,
+    finetune: FinetuneSpec,
+    distill: DistillSpec,
+    statistics_norm: float | None,
 ) -> Budget:
     private = privacy.trust is not Trust.NONE
     blank = _blank_plan(privacy)
     charges = []
-    if scaled_columns is not None:
-        # A record's three bounded numbers per column: value, square, presence; each at most 1.
-        bound = math.sqrt(3 * max(1, scaled_columns))
+    if statistics_norm is not None:
         charges.append(
             Charge(
                 stage="statistics",
                 rounds=1,
                 steps_per_round=1,
-                plan=replace(blank, clip_norm=bound),
+                plan=replace(blank, clip_norm=statistics_norm),
             )
         )
     charges.append(

@@ -10,7 +10,11 @@ from common import plugins
 from common.dictionary import Dictionary
 from common.errors import nearest
 from common.tasks.classification import classification
+from common.tasks.prognosis import prognosis, prognosis_by_mass
+from common.tasks.regression import regression
+from common.tasks.several import several
 from common.tasks.task import Floats, Measure, Task, Unreleased
+from common.tasks.treatment import treatment, treatment_effect
 
 if TYPE_CHECKING:
     from common.study import Study
@@ -36,6 +40,13 @@ TASKS: dict[str, Entry] = {
     "diagnosis": Entry(classification, ("table",), ("classes",)),
     "imaging": Entry(classification, ("image",), ("classes",)),
     "notes": Entry(classification, ("text",), ("classes",)),
+    "screening": Entry(classification, ("molecule",), ("classes",)),
+    "regression": Entry(regression, ("table", "image", "text", "molecule"), ("number",)),
+    "several": Entry(several, ("table", "image", "text", "molecule"), ("several",)),
+    "prognosis": Entry(prognosis, ("table", "image"), ("survival",)),
+    "prognosis-mass": Entry(prognosis_by_mass, ("table", "image"), ("survival",)),
+    "treatment": Entry(treatment, ("table", "image"), ("effect",)),
+    "treatment-effect": Entry(treatment_effect, ("table", "image"), ("effect",)),
 }
 
 

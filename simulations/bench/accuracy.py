@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.learning.metrics import Interval, mean_interval
-from common.randomness import SecretNoise
-from common.study import Study, load_study
-from server.store import RunFolder
-from simulations.evaluation import Scores, finished_models, score, together
-from simulations.hospitals import build_world, open_world, secret_noise
-from simulations.simulate import run_in_process
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "deploy" / "examples"
-SEEDS = (0, 1, 2, 3, 4)
-_NON_PRIVATE: dict[str, Any] = {
-    "privacy__trust": "none",
-    "privacy__epsilon": None,
-    "privacy__delta": None,
-}
+from common.study import load_study
+from simulations.bench.accuracy_imaging import imaging
+from simulations.bench.accuracy_molecules import molecules
+from simulations.bench.accuracy_prognosis import prognosis
+from simulations.bench.accuracy_treatment import treatment
+from simulations.bench.trained import (
+    EXAMPLES,
+    NON_PRIVATE,
+    SEEDS,
+    figures,
+    find_folder,
+    student_scores,
+)
+from simulations.evaluation import together
 
 
 def wisconsin(_: Path) -> dict[str, Any]:
     """AUC of the student over all hospitals' test patients; one quarter tested, per seed."""
     study = load_study(EXAMPLES / "wisconsin.toml").revised(evaluation__epsilon=None)
-    arms: dict[str, dict[str, Any]] = {
+    arms: dict[str, Mapping[str, Any]] = {
         "eps3_auc": {"privacy__epsilon": 3.0},
         "eps1_auc": {"privacy__epsilon": 1.0},
-        "nonprivate_auc": _NON_PRIVATE,
+        "nonprivate_auc": NON_PRIVATE,
     }
     return figures(
         {
@@ -51,12 +49,12 @@ def heart(data_folder: Path) -> dict[str, Any] | None:
     if folder is None:
         return None
     study = load_study(EXAMPLES / "heart.toml")
-    arms: dict[str, dict[str, Any]] = {
-        "nonprivate_acc_mean4": _NON_PRIVATE,
+    arms: dict[str, Mapping[str, Any]] = {
+        "nonprivate_acc_mean4": NON_PRIVATE,
         "eps1_acc_mean4": {"privacy__epsilon": 1.0},
     }
 
-    def seed_accuracy(seed: int, changes: dict[str, Any]) -> float:
+    def seed_accuracy(seed: int, changes: Mapping[str, Any]) -> float:
         folds = [
             student_scores(study.revised(seed=seed, evaluation__fold=fold, **changes), folder)
             for fold in range(study.evaluation.folds)
@@ -70,41 +68,14 @@ def heart(data_folder: Path) -> dict[str, Any] | None:
     )
 
 
-def student_scores(study: Study, data_folder: Path) -> list[Scores]:
-    """Run ``study`` from beginning to end with fresh secret noise; its student's scores."""
-    with tempfile.TemporaryDirectory(prefix="consilium-bench-") as temporary:
-        world = build_world(study, data_folder)
-        run = RunFolder.create(Path(temporary) / "run", study)
-        noise = secret_noise(SecretNoise.generate().key, [site.name for site in world.sites])
-        hospitals = open_world(world, noise)
-        run_in_process(study, run, hospitals, world.corpus, lambda _: None)
-        _, student, features = finished_models(run, study)
-        return score(student, study, features, hospitals)
-
-
-def find_folder(data_folder: Path, name: str, file: str) -> Path | None:
-    """The folder that holds ``file``: ``data_folder`` itself or its ``name``; None if neither."""
-    for folder in (data_folder, data_folder / name):
-        if (folder / file).is_file():
-            return folder
-    return None
-
-
-def figures(values: dict[str, list[float]]) -> dict[str, Any]:
-    """Mean and 95 % interval of each figure over the seeds."""
-    rows: dict[str, Any] = {}
-    for key, each in values.items():
-        interval: Interval = mean_interval(each)
-        rows[key] = interval.mean
-        rows[f"{key}_ci"] = [interval.low, interval.high]
-    rows["seeds"] = list(SEEDS)
-    return rows
-
-
 # One row for each kind of data; None where its files are not found.
 ROWS: dict[str, Callable[[Path], dict[str, Any] | None]] = {
     "wisconsin": wisconsin,
     "heart": heart,
+    "imaging": imaging,
+    "molecules": molecules,
+    "prognosis": prognosis,
+    "treatment": treatment,
 }
 
 

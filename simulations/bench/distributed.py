@@ -14,7 +14,7 @@ from common.randomness import SecretNoise
 from common.study import Study, load_study
 from server.store import RunFolder
 from simulations.arms import under_one_roof
-from simulations.bench.accuracy import EXAMPLES, SEEDS, figures, find_folder
+from simulations.bench.trained import EXAMPLES, SEEDS, figures, find_folder
 from simulations.evaluation import Scores, finished_models, score, together
 from simulations.hospitals import build_world, open_world, pooled, secret_noise
 from simulations.simulate import run_in_process

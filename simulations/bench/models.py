@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from common.models.attention import Block
 from common.models.lora import add_lora
 from common.models.networks import image_student
-from common.models.transformer import Block
 from common.modelspec import LoraSpec
 
 VOCABULARY = 512

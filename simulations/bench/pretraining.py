@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.study import Study, load_study
-from simulations.bench.accuracy import EXAMPLES, SEEDS, figures, find_folder, student_scores
+from simulations.bench.trained import EXAMPLES, SEEDS, figures, find_folder, student_scores
 from simulations.evaluation import together
 
 

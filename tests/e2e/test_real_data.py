@@ -76,7 +76,7 @@ def test_four_real_hospitals_learn_together(heart: Path, tmp_path: Path) -> None
 
 def test_images_of_ten_hospitals(pneumonia: Path, tmp_path: Path) -> None:
     study = load_study(EXAMPLES / "pneumonia.toml").revised(
-        pretrain__steps=80, distill__steps=60, privacy__epsilon=8.0
+        pretrain__steps=40, finetune__rounds=15, distill__steps=150, privacy__epsilon=8.0
     )
     world = build_world(study, pneumonia)
     assert len(world.sites) == 10

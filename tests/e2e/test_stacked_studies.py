@@ -71,9 +71,11 @@ def images(**changes: Any) -> Study:
             "columns": [{"name": "x", "kind": "image", "shape": [8, 8]}],
         },
         public={"kind": "held_apart"},
-        teacher={"kind": "cnn", "hidden": [4, 6, 5]},
-        student={"kind": "cnn", "hidden": [3]},
-        **changes,
+        **{
+            "teacher": {"kind": "cnn", "hidden": [4, 6, 5]},
+            "student": {"kind": "cnn", "hidden": [3]},
+            **changes,
+        },
     )
 
 
@@ -179,6 +181,19 @@ def test_any_study_ends_with_the_same_weights(
     torch.testing.assert_close(weights_of(other), weights_of(one), rtol=2e-3, atol=2e-4)
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "views": {
+        "finetune__augment": {"flip": True},
+        "finetune__views": 3,
+        "federation__ema": 0.5,
+    },
+    "patches": {
+        "teacher": {"kind": "vit", "patch": 3, "width": 8, "depth": 1, "heads": 2},
+        "student": {"kind": "vit", "patch": 4, "width": 4, "depth": 1, "heads": 1},
+    },
+}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -190,11 +205,12 @@ def test_any_study_ends_with_the_same_weights(
     ],
     ids=lambda one: ",".join(one) or "default",
 )
-@pytest.mark.parametrize("kind", ["tables", "images"])
+@pytest.mark.parametrize("kind", ["tables", "images", "views", "patches"])
 def test_every_kind_of_study_is_stacked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, changes: dict[str, Any]
 ) -> None:
-    world = a_world((a_study if kind == "tables" else images)(**changes), [9, 14, 5, 20])
+    study = (a_study if kind == "tables" else images)(**KINDS.get(kind, {}), **changes)
+    world = a_world(study, [9, 14, 5, 20])
     expected = weights_of(trained(world, tmp_path / "one", "one-by-one"))
     asked: list[str] = []
     plain = simulate_module.one_by_one
@@ -212,6 +228,55 @@ def test_every_kind_of_study_is_stacked(
     found = weights_of(trained(world, tmp_path / "stacked", "stacked"))
     assert "train" not in asked
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+OWN_LAYER = """
+import torch
+from torch import nn
+from common.models.families import Family
+
+class Gated(nn.Module):
+    def __init__(self, inputs, width):
+        super().__init__()
+        self.turn = nn.Parameter(torch.randn(inputs, width) / inputs**0.5)
+        self.mix = nn.Linear(width, width)
+        self.cell = nn.GRUCell(width, width)
+
+    def forward(self, inputs):
+        code = torch.tanh(inputs @ self.turn)
+        return self.cell(self.mix(code), code)
+
+GATED = Family(
+    encoder=lambda spec, features: (Gated(features.width, 6), 6),
+    student=lambda spec, features, outputs: nn.Sequential(
+        Gated(features.width, 4), nn.Linear(4, outputs)
+    ),
+)
+"""
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_layers_without_a_rule_are_stacked_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, private: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "own_layer.py").write_text(OWN_LAYER)
+    monkeypatch.setenv("CONSILIUM_OWN_CODE", str(tmp_path))
+    changes: dict[str, Any] = {} if private else {"privacy__epsilon": None, "privacy__delta": None}
+    own = {"kind": "own", "family": "own_layer:GATED"}
+    study = a_study(
+        teacher=own,
+        student=own,
+        distill__on="patients",
+        finetune__local_steps=2,
+        finetune__sampling_rate=0.5,
+        privacy__trust="local" if private else "none",
+        **changes,
+    )
+    world = a_world(study, [9, 14, 5], most_records=3)
+    with caplog.at_level(logging.WARNING):
+        one, other = (trained(world, tmp_path / name, name) for name in ("one-by-one", "stacked"))
+    assert not any("not stacked" in record.message for record in caplog.records)
+    torch.testing.assert_close(weights_of(other), weights_of(one), rtol=1e-4, atol=1e-6)
 
 
 def test_secure_sums_of_whole_studies_agree(tmp_path: Path) -> None:
@@ -300,11 +365,11 @@ def test_every_hospital_is_held_to_its_studys_epsilon(
 def test_what_is_not_stacked_says_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(engine_module, "can_stack", lambda _: False)
+    monkeypatch.setattr(engine_module, "obstacle", lambda *_: "it is raining")
     world = a_world(a_study(), [9, 14])
     expected = weights_of(trained(world, tmp_path / "one", "one-by-one"))
     with caplog.at_level(logging.WARNING):
         found = weights_of(trained(world, tmp_path / "stacked", "stacked"))
     said = [one.message for one in caplog.records if "one by one" in one.message]
-    assert said == ["one by one, not stacked: Teacher has a layer without a stacked rule"]
+    assert said == ["one by one, not stacked: it is raining"]
     assert torch.equal(found, expected)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor
 
 from common.study import FederationSpec
@@ -94,6 +95,22 @@ def test_the_tail_is_the_mean_of_the_last_rounds() -> None:
     assert result(0.0) == 4.0
     assert result(0.5) == pytest.approx((3 + 4) / 2)
     assert result(1.0) == pytest.approx((1 + 2 + 3 + 4) / 4)
+
+
+def test_an_exponential_average_by_hand() -> None:
+    """Models 1, 2, 4 at β = 0.5 count ¼, ½ and 1: (¼·1 + ½·2 + 4) / 1.75 = 3."""
+    state = rules.start(torch.tensor([0.0]))
+    for number, update in enumerate([1.0, 1.0, 2.0]):
+        state = rules.apply(
+            spec("fedavg", ema=0.5), state, torch.tensor([update]), round_number=number, rounds=3
+        )
+    assert float(state.weights) == 4.0  # what hospitals go on from is not averaged
+    assert float(rules.result(state)) == pytest.approx((0.25 * 1 + 0.5 * 2 + 4) / 1.75)
+
+
+def test_two_averages_are_refused() -> None:
+    with pytest.raises(ValidationError, match="give one, found 0.9 and 0.5"):
+        spec("fedavg", ema=0.9, tail_average=0.5)
 
 
 def test_a_rule_leaves_its_state_alone() -> None:

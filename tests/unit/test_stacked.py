@@ -12,7 +12,7 @@ from common.models.checks import SUPPORTED_LAYERS
 from common.privacy.plan import StepPlan
 from common.privacy.units import PrivacyUnit, Relation
 from common.tensors import get_vector, set_vector
-from simulations.stacked import RULES, can_stack, stacked
+from simulations.stacked import RULES, obstacle, stacked
 from tests.unit.zoo import MODELS, build, loss
 
 SIZES = (2, 0, 1, 3)  # records of each hospital; one has none
@@ -162,15 +162,18 @@ def test_the_model_is_itself_again_afterwards() -> None:
     assert all("forward" not in layer.__dict__ for layer in model.modules())
 
 
-def test_every_layer_that_may_be_trained_has_a_rule() -> None:
+def test_every_layer_with_a_gradient_rule_is_stacked_by_one() -> None:
     assert RULES.keys() == SUPPORTED_LAYERS
 
 
 def test_what_cannot_be_stacked_is_known_beforehand() -> None:
-    assert all(can_stack(build(name)[0]) for name in MODELS)
-    assert not can_stack(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)))
-    assert can_stack(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)))
-    assert not can_stack(nn.LSTM(2, 2))
+    assert not any(obstacle(*build(name)[:2]) for name in MODELS)
+    vectors = torch.ones(3, 4)
+    dropout = nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.1))
+    assert obstacle(dropout, vectors) == "Sequential draws random numbers as it learns"
+    assert obstacle(nn.Sequential(nn.Linear(4, 2), nn.Dropout(0.0)), vectors) is None
+    norm = nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2))
+    assert "mixes the records" in str(obstacle(norm, vectors))
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (1, 0, 3), (0, 0), (5,)])

@@ -9,6 +9,7 @@ from opacus.layers import DPMultiheadAttention
 from torch import Tensor, nn
 
 from common.models.lora import add_lora
+from common.models.vision import VisionTransformer
 from common.modelspec import LoraSpec
 
 ROWS = 6
@@ -85,6 +86,83 @@ class PositionTable(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head(torch.tanh(self.mix(inputs + self.table)).mean(dim=1))
+
+
+class OwnWeights(nn.Module):
+    """Weights of its own outside any layer, twice used, between layers that have a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+        self.gate = Gate()
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.gate(torch.tanh(self.gate(self.mix(inputs)))))
+
+
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.linspace(-1, 1, 8))
+        self.turn = nn.Parameter(torch.randn(8, 8) / 3)
+        self.inner = nn.Linear(8, 8)
+        self.frozen = nn.Parameter(torch.ones(8), requires_grad=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        gate = torch.sigmoid(inputs * self.shift + self.frozen)
+        return gate * (inputs @ self.turn) + (1 - gate) * self.inner(inputs)
+
+
+class TorchAttention(nn.Module):
+    """PyTorch's own, which answers a pair, and which has a mask of each record."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        missing = inputs[:, :, 0] > 1
+        code, _ = self.attention(inputs, inputs, inputs, key_padding_mask=missing)
+        return self.head(code.mean(dim=1))
+
+
+class ClassToken(nn.Module):
+    """A parameter at the top: the whole model has no rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.attention = Attention()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        token = self.token.expand(len(inputs), -1, -1)
+        return self.attention(torch.cat([token, inputs], dim=1))
+
+
+class TorchRecurrent(nn.Module):
+    """PyTorch's own recurrent layers; a state has its records in the second dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.LSTM(8, 6, batch_first=True)
+        self.second = nn.GRU(6, 5, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        code, _ = self.first(inputs)
+        _, state = self.second(code)
+        return self.head(torch.cat([state[0], state[1]], dim=1))
+
+
+class Pairs(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(inputs[:, :4], inputs[:, 4:])
 
 
 def lora() -> nn.Module:
@@ -192,9 +270,26 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "attention": (Attention, sequences),
     "opacus attention": (OpacusAttention, sequences),
     "lora": (lora, sequences),
+    "vision transformer": (
+        lambda: nn.Sequential(
+            VisionTransformer((6, 8), patch=4, width=8, depth=2, heads=2), nn.Linear(8, 3)
+        ),
+        lambda: torch.randn(ROWS, 1, 6, 8),
+    ),
     "layer used thrice": (Recurrent, vectors),
     "idle layers": (PartlyUsed, vectors),
     "constant buffer": (PositionTable, sequences),
+    "own weights": (OwnWeights, vectors),
+    "torch attention": (TorchAttention, sequences),
+    "class token": (ClassToken, sequences),
+    "torch recurrent": (TorchRecurrent, sequences),
+    "bilinear": (lambda: Pairs(nn.Bilinear(4, 4, 3)), vectors),
+    "reflected padding": (
+        lambda: nn.Sequential(
+            nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(256, 3)
+        ),
+        images,
+    ),
 }
 
 
