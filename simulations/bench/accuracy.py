@@ -11,6 +11,7 @@ import numpy as np
 from common.study import load_study
 from simulations.bench.accuracy_imaging import imaging
 from simulations.bench.accuracy_molecules import molecules
+from simulations.bench.accuracy_notes import notes
 from simulations.bench.accuracy_prognosis import prognosis
 from simulations.bench.accuracy_treatment import treatment
 from simulations.bench.trained import (
@@ -76,6 +77,7 @@ ROWS: dict[str, Callable[[Path], dict[str, Any] | None]] = {
     "molecules": molecules,
     "prognosis": prognosis,
     "treatment": treatment,
+    "notes": notes,
 }
 
 
