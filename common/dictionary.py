@@ -29,6 +29,8 @@ class Column(Strict):
     ``typical``: published mean and standard deviation, for scaling; else taken from the range.
     ``missing``: values that mean "not measured" beside an empty cell (a cholesterol of 0).
     ``optional``: whether a value may be absent; if so the model also sees that it is absent.
+    ``standardise``: an image's own brightness and contrast, which say more of the device than of
+    the patient, are taken out of it.
     ``prefix``: how many characters of a code count (the first three of an ICD code name the
     disease). ``buckets``: codes fall into so many by a public hash, the same everywhere.
     ``keep``: the model sees only so many buckets, the most frequent ones of the public corpus or of
@@ -53,6 +55,7 @@ class Column(Strict):
     tokenizer: Pinned | None = None
     missing: tuple[Scalar, ...] = ()
     optional: bool = True
+    standardise: bool = False
     prefix: Count | None = None
     buckets: Annotated[int, Field(ge=2, le=65536)] | None = None
     keep: Count | None = None
@@ -64,6 +67,8 @@ class Column(Strict):
         problem = _PROBLEMS[self.kind](self)
         if problem:
             raise ValueError(problem)
+        if self.standardise and self.kind != "image":
+            raise ValueError(f"standardise belongs to kind = 'image', found it on {self.kind!r}")
         if self.kind != "code" and (self.prefix or self.buckets or self.keep):
             raise ValueError(
                 f"prefix, buckets and keep belong to kind = 'code', found them on kind = "

@@ -25,6 +25,8 @@ from common.tables import Table
 # Inputs are held within this many standard deviations, so that one implausible value cannot
 # dominate a record's clipped gradient.
 _REACH = 4.0
+# An image flatter than a tenth of the grey scale is not stretched further: it would be noise.
+_FLATTEST = 0.1 / 4
 # A range of plausible values is read as ± 2 standard deviations around its middle.
 _RANGE_IN_STDS = 4.0
 
@@ -270,8 +272,9 @@ class FeatureMap:
         if (text := self.dictionary.text) is not None:
             return torch.from_numpy(table.values[text.name].astype(np.int64))
         if self.image_shape is not None:
-            pixels = torch.from_numpy(table.values[self.dictionary.columns[0].name])
-            return (pixels * 2.0 - 1.0)[:, None]
+            column = self.dictionary.columns[0]
+            pixels = torch.from_numpy(table.values[column.name])[:, None]
+            return _standardised(pixels) if column.standardise else pixels * 2.0 - 1.0
         if self.molecule is not None:
             compounds = [one.decode() for one in table.values[self.dictionary.columns[0].name]]
             return torch.from_numpy(self.molecule.encode(compounds))
@@ -299,6 +302,13 @@ class FeatureMap:
         if column.optional:
             block = np.concatenate([block, absent[:, None].astype(np.float64)], axis=1)
         return block
+
+
+def _standardised(pixels: Tensor) -> Tensor:
+    """Each image about its own mean, in units of two of its own standard deviations."""
+    mean = pixels.mean(dim=(1, 2, 3), keepdim=True)
+    spread = pixels.std(dim=(1, 2, 3), keepdim=True, correction=0)
+    return (pixels - mean) / (2 * spread.clamp(min=_FLATTEST))
 
 
 def _width(column: Column) -> int:

@@ -32,6 +32,10 @@ _PARTITIONS = {
         "Each quarter of a column (of age, say), or each of its categories, falls to hospitals in "
         "other shares.",
     ),
+    "scaffold": (
+        ("hospitals",),
+        "Molecules with one scaffold stay together: hospitals share none.",
+    ),
     "sites": (("sites",), "As a table of patients and sites says."),
 }
 _PARTS: dict[str, type[Strict]] = {

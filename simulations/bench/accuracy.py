@@ -24,6 +24,8 @@ from simulations.bench.trained import (
 )
 from simulations.evaluation import together
 
+_FEW_SEEDS = (0, 1, 2)
+
 
 def wisconsin(_: Path) -> dict[str, Any]:
     """AUC of the student over all hospitals' test patients; one quarter tested, per seed."""
@@ -69,10 +71,31 @@ def heart(data_folder: Path) -> dict[str, Any] | None:
     )
 
 
+def diabetes(data_folder: Path) -> dict[str, Any] | None:
+    """AUC of the student over all test patients of ten sites, and at the worst site, per seed."""
+    folder = find_folder(data_folder, "diabetes130", "diabetic_data.csv.gz")
+    if folder is None:
+        return None
+    study = load_study(EXAMPLES / "diabetes.toml")
+    arms: dict[str, Mapping[str, Any]] = {
+        "eps3_auc": {"privacy__epsilon": 3.0},
+        "nonprivate_auc": {**NON_PRIVATE, "federation__hospitals": None},
+    }
+    values: dict[str, list[float]] = {}
+    for key, changes in arms.items():
+        for seed in _FEW_SEEDS:
+            scores = student_scores(study.revised(seed=seed, **changes), folder)
+            values.setdefault(key, []).append(together(scores).figures["auc"])
+            worst = min(one.figures["auc"] for one in scores)
+            values.setdefault(f"{key}_worst_site", []).append(worst)
+    return figures(values, _FEW_SEEDS)
+
+
 # One row for each kind of data; None where its files are not found.
 ROWS: dict[str, Callable[[Path], dict[str, Any] | None]] = {
     "wisconsin": wisconsin,
     "heart": heart,
+    "diabetes": diabetes,
     "imaging": imaging,
     "molecules": molecules,
     "prognosis": prognosis,

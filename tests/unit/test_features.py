@@ -170,3 +170,24 @@ def test_private_scaling_is_always_usable(sums: list[float]) -> None:
         mean, std = scaling.moments[column.name]
         assert low <= mean <= high
         assert 0.01 * (high - low) / 2 <= std <= (high - low) / 2
+
+
+def test_standardised_images_forget_brightness_and_contrast(table_of: MakeTable) -> None:
+    chest = Dictionary.model_validate_json(
+        """{"label": {"name": "y", "classes": [[0], [1]]},
+        "columns": [{"name": "image", "kind": "image", "shape": [6, 5], "standardise": true}]}"""
+    )
+    one = np.random.default_rng(0).uniform(0.2, 0.5, (6, 5))
+    images = np.stack([one, 0.2 + 0.8 * one, np.full((6, 5), 0.3)]).astype(np.float32)
+    table = table_of(chest, {"image": images})
+    encoded = FeatureMap(chest, range_scaling(chest)).encode(table)
+    assert encoded.shape == (3, 1, 6, 5)
+    torch.testing.assert_close(encoded[0], encoded[1], rtol=1e-4, atol=1e-4)
+    assert encoded[0].mean().abs() < 1e-6
+    assert encoded[0].std(correction=0).item() == pytest.approx(0.5, rel=1e-5)
+    assert encoded[2].abs().max() < 1e-5  # a flat image has nothing to be stretched
+    with pytest.raises(ValueError, match="standardise belongs to kind = 'image'"):
+        Dictionary.model_validate(
+            chest.model_dump()
+            | {"columns": [{"name": "c", "kind": "numeric", "range": (0, 1), "standardise": True}]}
+        )
