@@ -66,9 +66,17 @@ def heart_rows(folder: Path) -> dict[str, Any]:
     return _rows(study, of_seed, 4)
 
 
+# Each hospital's own noise is larger than the sum's: it wants fewer and smaller steps.
+_LESS_NOISY: dict[str, Any] = {
+    "privacy__epsilon": 1.0,
+    "finetune__rounds": 60,
+    "finetune__optimiser__learning_rate": 1.0,
+}
+
+
 def diabetes_rows(folder: Path) -> dict[str, Any]:
     """AUC at ε = 1, mean and worst of ten sites, three seeds; the unit is the patient."""
-    study = load_study(EXAMPLES / "diabetes.toml")
+    study = load_study(EXAMPLES / "diabetes.toml").revised(**_LESS_NOISY)
     local = study.revised(privacy__trust="local", federation__hospitals=None)
 
     def of_seed(arm: Study, whom: Groups, seed: int) -> list[float]:
