@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -22,8 +21,6 @@ from flwr.app import Message
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from client.app import build_client_app
-from client.hospital import Hospital
 from common.features import FeatureMap, range_scaling
 from common.learning.distill import distill_publicly
 from common.learning.pretrain import pretrain
@@ -39,13 +36,13 @@ from simulations.grid import one_by_one
 from simulations.hospitals import Site, World, open_world, seeded_noise
 from simulations.made_up import made_up_table
 from simulations.scenarios import occasion_of
-from simulations.simulate import conduct_over, load_hospitals, node_context
+from simulations.simulate import answering, conduct_over, load_hospitals
 
 PATIENTS = 1000
 _ORDER = ("statistics", "pretrain", "finetune", "distill", "evaluate")
 _PUBLIC_RECORDS = 512
 _FEW_STEPS, _MORE_STEPS = 2, 12
-_ROWS, _MOST_ROWS, _BATCH_S, _REPEATS = 16, 4096, 0.05, 5
+_ROWS, _DIFFERENT_ROWS, _MOST_ROWS, _BATCH_S, _REPEATS = 16, 64, 4096, 0.05, 5
 _INSTANT = 1e12  # records a second: the tried round's virtual time is that of the line alone
 
 
@@ -158,7 +155,9 @@ def model_costs(study: Study) -> tuple[ModelCost, ModelCost]:
     """Teacher and student of ``study``."""
     features = FeatureMap(study.dictionary, range_scaling(study.dictionary))
     teacher, student = build_teacher(study, features), build_student(study, features)
-    inputs = features.encode(made_up_table(study, _MOST_ROWS))
+    # Few different records, over and over: to encode many costs more than to answer them.
+    few = features.encode(made_up_table(study, _DIFFERENT_ROWS))
+    inputs = few.repeat(_MOST_ROWS // _DIFFERENT_ROWS, *[1] * (few.dim() - 1))
     learned = learner(study, teacher)
     in_patients = student if study.distill.on == "patients" else None
     return _model_cost(teacher, learned, inputs), _model_cost(student, in_patients, inputs)
@@ -302,7 +301,7 @@ def _try_round(study: Study, patients: int, hospitals: int) -> _Tried:
     sites = tuple(Site(name, table) for name in tried.simulation.names)
     world = World(tried, sites, _corpus(tried))
     members = open_world(world, seeded_noise(0, [site.name for site in world.sites]))
-    watched = _Watched(_handler(members))
+    watched = _Watched(answering(members, debug=True))
     with tempfile.TemporaryDirectory(prefix="consilium-cost-") as folder:
         run = RunFolder.create(Path(folder) / "run", tried)
         backend = one_by_one(watched, debug=True)
@@ -313,11 +312,6 @@ def _try_round(study: Study, patients: int, hospitals: int) -> _Tried:
         {stage: median(each.values()) for stage, each in watched.seconds.items()},
         watched.flops,
     )
-
-
-def _handler(members: list[Hospital]) -> Callable[[Message], Message]:
-    app = build_client_app(lambda context, _: nullcontext(members[context.node_id - 1]), debug=True)
-    return lambda message: app(message, node_context(message.metadata.dst_node_id))
 
 
 def _corpus(study: Study) -> Table | None:

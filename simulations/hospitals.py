@@ -256,8 +256,6 @@ def _write_table(table: Table, folder: Path) -> dict[str, Any]:
 def _cell(column: Column, value: Any) -> Any:
     if column.kind == "numeric":
         return "" if np.isnan(value) else repr(float(value))
-    if column.kind == "molecule":
-        return value.decode()
     if value < 0:
         return ""
     return f"#{value}" if column.kind == "code" else column.categories[value]

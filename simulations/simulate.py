@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -49,17 +49,18 @@ def run_in_process(
     ``engine``: ``stacked`` trains many hospitals as one batch (see ``engine``), of at most
     ``memory_bytes``; ``one-by-one`` is its plain twin. Their results agree to rounding.
     """
-    client_app = build_client_app(
-        lambda context, _: nullcontext(hospitals[context.node_id - 1]), debug=debug
-    )
-
-    def handle(message: Message) -> Message:
-        return client_app(message, node_context(message.metadata.dst_node_id))
-
-    backend: Backend = one_by_one(handle, debug=debug)
+    backend: Backend = one_by_one(answering(hospitals, debug=debug), debug=debug)
     if engine == "stacked":
         backend = StackedEngine(hospitals, backend, memory_bytes=memory_bytes, debug=debug)
     conduct_over(study, run, hospitals, backend, corpus, watch)
+
+
+def answering(hospitals: Sequence[Hospital], *, debug: bool) -> Callable[[Message], Message]:
+    """What a deployment's client app answers, of the hospital that a message goes to."""
+    client_app = build_client_app(
+        lambda context, _: nullcontext(hospitals[context.node_id - 1]), debug=debug
+    )
+    return lambda message: client_app(message, node_context(message.metadata.dst_node_id))
 
 
 def conduct_over(

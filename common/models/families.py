@@ -18,6 +18,8 @@ from common.models.transformer import TokenEncoder
 from common.models.vision import VisionTransformer
 from common.modelspec import ModelSpec, OwnSpec
 
+Encoder = Callable[[Any, FeatureMap], tuple[nn.Module, int]]
+
 
 @dataclass(frozen=True)
 class Family:
@@ -26,8 +28,18 @@ class Family:
     ``student(spec, features, outputs)``: records → answers [rows, outputs].
     """
 
-    encoder: Callable[[Any, FeatureMap], tuple[nn.Module, int]]
+    encoder: Encoder
     student: Callable[[Any, FeatureMap, int], nn.Module]
+
+
+def _like_its_teacher(encoder: Encoder) -> Family:
+    """A kind whose student is an encoder of its own with a linear layer."""
+
+    def student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:
+        network, width = encoder(spec, features)
+        return nn.Sequential(network, nn.Linear(width, outputs))
+
+    return Family(encoder, student)
 
 
 def _mlp_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
@@ -37,19 +49,9 @@ def _mlp_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
     return encoder, spec.hidden[-1]
 
 
-def _mlp_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:
-    encoder, width = _mlp_encoder(spec, features)
-    return nn.Sequential(encoder, nn.Linear(width, outputs))
-
-
 def _graph_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
     assert features.molecule is not None  # noqa: S101  (the study refuses it otherwise)
     return GraphEncoder(features.molecule, spec.hidden), spec.hidden[-1]
-
-
-def _graph_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:
-    encoder, width = _graph_encoder(spec, features)
-    return nn.Sequential(encoder, nn.Linear(width, outputs))
 
 
 def _cnn_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
@@ -74,11 +76,6 @@ def _vit_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
     return encoder, spec.width
 
 
-def _vit_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:
-    encoder, width = _vit_encoder(spec, features)
-    return nn.Sequential(encoder, nn.Linear(width, outputs))
-
-
 def _transformer_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
     assert features.text_shape is not None  # noqa: S101
     length, vocabulary = features.text_shape
@@ -90,11 +87,6 @@ def _transformer_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, in
         heads=spec.heads,
     )
     return encoder, spec.width
-
-
-def _transformer_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:
-    encoder, width = _transformer_encoder(spec, features)
-    return nn.Sequential(encoder, nn.Linear(width, outputs))
 
 
 def _pretrained_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
@@ -109,11 +101,11 @@ def _no_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:  # 
 
 
 _FAMILIES: Mapping[str, Family] = {
-    "mlp": Family(_mlp_encoder, _mlp_student),
+    "mlp": _like_its_teacher(_mlp_encoder),
     "cnn": Family(_cnn_encoder, _cnn_student),
-    "vit": Family(_vit_encoder, _vit_student),
-    "graph": Family(_graph_encoder, _graph_student),
-    "transformer": Family(_transformer_encoder, _transformer_student),
+    "vit": _like_its_teacher(_vit_encoder),
+    "graph": _like_its_teacher(_graph_encoder),
+    "transformer": _like_its_teacher(_transformer_encoder),
     "pretrained": Family(_pretrained_encoder, _no_student),
 }
 
