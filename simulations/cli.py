@@ -231,14 +231,20 @@ def scenarios(as_json: JsonOption = False) -> None:
 def bench(
     name: Annotated[str, typer.Argument(help="Which benchmark.", show_default=False)],
     data: DataOption = DATA_HOME,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share `accuracy`.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Measure, and print the figures."""
-    from simulations.bench import BENCHES
+    from simulations.bench import BENCHES, SHARED
 
-    if name not in BENCHES:
-        raise ConsiliumError(f"unknown benchmark {name!r}; {nearest(name, BENCHES)}")
-    figures = BENCHES[name](data)
+    if name in SHARED:
+        figures = SHARED[name](data, jobs)
+    elif name not in BENCHES:
+        raise ConsiliumError(f"unknown benchmark {name!r}; {nearest(name, [*BENCHES, *SHARED])}")
+    elif jobs > 1:
+        raise ConsiliumError(f"{name} measures time: --jobs 1 (the default) only")
+    else:
+        figures = BENCHES[name](data)
     if figures is None:
         raise ConsiliumError(f"{name}: its data are not below {data}; name their folder by --data")
     emit(as_json, figures, json.dumps(figures, indent=2))

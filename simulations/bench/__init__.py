@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from simulations.bench.accuracy import ROWS, accuracy
+from simulations.bench.accuracy import ROWS, Row, accuracy
 from simulations.bench.distributed import distributed
 from simulations.bench.load import load
 from simulations.bench.pretraining import pretraining
@@ -16,7 +16,6 @@ from simulations.bench.secagg import secagg
 from simulations.bench.simulation import simulation
 
 BENCHES: dict[str, Callable[[Path], dict[str, Any] | None]] = {
-    "accuracy": accuracy,
     "distributed": distributed,
     "load": load,
     "pretraining": pretraining,
@@ -24,6 +23,11 @@ BENCHES: dict[str, Callable[[Path], dict[str, Any] | None]] = {
     "scale": scale,
     "secagg": secagg,
     "simulation": simulation,
+}
+
+# Whose figures are no times: several processes may share their work.
+SHARED: dict[str, Row] = {
+    "accuracy": accuracy,
     # A row of `accuracy` for itself: `consilium bench accuracy.heart`.
     **{f"accuracy.{name}": row for name, row in ROWS.items()},
 }

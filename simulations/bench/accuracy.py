@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.study import load_study
+from common.study import Study, load_study
 from simulations.bench.accuracy_imaging import imaging
 from simulations.bench.accuracy_molecules import molecules
 from simulations.bench.accuracy_notes import notes
@@ -17,82 +18,81 @@ from simulations.bench.accuracy_treatment import treatment
 from simulations.bench.trained import (
     EXAMPLES,
     NON_PRIVATE,
-    SEEDS,
     figures,
     find_folder,
+    over_seeds,
     student_scores,
 )
 from simulations.evaluation import together
 
+Row = Callable[[Path, int], dict[str, Any] | None]
+"""Figures from the data's folder, by so many processes; None where the files are not found."""
+
 _FEW_SEEDS = (0, 1, 2)
 
 
-def wisconsin(_: Path) -> dict[str, Any]:
+def wisconsin(_: Path, jobs: int) -> dict[str, Any]:
     """AUC of the student over all hospitals' test patients; one quarter tested, per seed."""
     study = load_study(EXAMPLES / "wisconsin.toml").revised(evaluation__epsilon=None)
-    arms: dict[str, Mapping[str, Any]] = {
-        "eps3_auc": {"privacy__epsilon": 3.0},
-        "eps1_auc": {"privacy__epsilon": 1.0},
-        "nonprivate_auc": NON_PRIVATE,
+    arms = {
+        "eps3": study.revised(privacy__epsilon=3.0),
+        "eps1": study.revised(privacy__epsilon=1.0),
+        "nonprivate": study.revised(**NON_PRIVATE),
     }
-    return figures(
-        {
-            key: [
-                together(student_scores(study.revised(seed=seed, **changes), Path())).figures["auc"]
-                for seed in SEEDS
-            ]
-            for key, changes in arms.items()
-        }
-    )
+    return figures(over_seeds(_auc, arms, jobs=jobs))
 
 
-def heart(data_folder: Path) -> dict[str, Any] | None:
+def _auc(study: Study, seed: int) -> Mapping[str, float]:
+    return {"{}_auc": together(student_scores(study.revised(seed=seed), Path())).figures["auc"]}
+
+
+def heart(data_folder: Path, jobs: int) -> dict[str, Any] | None:
     """Mean of the four hospitals' accuracy under 5-fold cross-validation, per seed."""
     folder = find_folder(data_folder, "heart", "processed.cleveland.data")
     if folder is None:
         return None
     study = load_study(EXAMPLES / "heart.toml")
-    arms: dict[str, Mapping[str, Any]] = {
-        "nonprivate_acc_mean4": NON_PRIVATE,
-        "eps1_acc_mean4": {"privacy__epsilon": 1.0},
+    arms = {
+        "nonprivate": study.revised(**NON_PRIVATE),
+        "eps1": study.revised(privacy__epsilon=1.0),
     }
-
-    def seed_accuracy(seed: int, changes: Mapping[str, Any]) -> float:
-        folds = [
-            student_scores(study.revised(seed=seed, evaluation__fold=fold, **changes), folder)
-            for fold in range(study.evaluation.folds)
-        ]
-        # A hospital's accuracy counts every one of its patients once, over all folds.
-        each = [together(parts).figures["accuracy"] for parts in zip(*folds, strict=True)]
-        return float(np.mean(each))
-
-    return figures(
-        {key: [seed_accuracy(seed, changes) for seed in SEEDS] for key, changes in arms.items()}
-    )
+    return figures(over_seeds(partial(_accuracy, folder=folder), arms, jobs=jobs))
 
 
-def diabetes(data_folder: Path) -> dict[str, Any] | None:
+def _accuracy(study: Study, seed: int, *, folder: Path) -> Mapping[str, float]:
+    folds = [
+        student_scores(study.revised(seed=seed, evaluation__fold=fold), folder)
+        for fold in range(study.evaluation.folds)
+    ]
+    # A hospital's accuracy counts every one of its patients once, over all folds.
+    each = [together(parts).figures["accuracy"] for parts in zip(*folds, strict=True)]
+    return {"{}_acc_mean4": float(np.mean(each))}
+
+
+def diabetes(data_folder: Path, jobs: int) -> dict[str, Any] | None:
     """AUC of the student over all test patients of ten sites, and at the worst site, per seed."""
     folder = find_folder(data_folder, "diabetes130", "diabetic_data.csv.gz")
     if folder is None:
         return None
     study = load_study(EXAMPLES / "diabetes.toml")
-    arms: dict[str, Mapping[str, Any]] = {
-        "eps3_auc": {"privacy__epsilon": 3.0},
-        "nonprivate_auc": {**NON_PRIVATE, "federation__hospitals": None},
+    arms = {
+        "eps3": study.revised(privacy__epsilon=3.0),
+        "nonprivate": study.revised(**NON_PRIVATE, federation__hospitals=None),
     }
-    values: dict[str, list[float]] = {}
-    for key, changes in arms.items():
-        for seed in _FEW_SEEDS:
-            scores = student_scores(study.revised(seed=seed, **changes), folder)
-            values.setdefault(key, []).append(together(scores).figures["auc"])
-            worst = min(one.figures["auc"] for one in scores)
-            values.setdefault(f"{key}_worst_site", []).append(worst)
-    return figures(values, _FEW_SEEDS)
+    score = partial(_site_aucs, folder=folder)
+    return figures(over_seeds(score, arms, _FEW_SEEDS, jobs=jobs), _FEW_SEEDS)
 
 
-# One row for each kind of data; None where its files are not found.
-ROWS: dict[str, Callable[[Path], dict[str, Any] | None]] = {
+def _site_aucs(study: Study, seed: int, *, folder: Path) -> Mapping[str, float]:
+    scores = student_scores(study.revised(seed=seed), folder)
+    return {
+        "{}_auc": together(scores).figures["auc"],
+        "{}_auc_worst_site": min(one.figures["auc"] for one in scores),
+    }
+
+
+# One row for each kind of data.
+ROWS: dict[str, Row] = {
     "wisconsin": wisconsin,
     "heart": heart,
     "diabetes": diabetes,
@@ -104,6 +104,6 @@ ROWS: dict[str, Callable[[Path], dict[str, Any] | None]] = {
 }
 
 
-def accuracy(data_folder: Path) -> dict[str, Any]:
+def accuracy(data_folder: Path, jobs: int) -> dict[str, Any]:
     """The bars' figures, row by row."""
-    return {name: row(data_folder) for name, row in ROWS.items()}
+    return {name: row(data_folder, jobs) for name, row in ROWS.items()}

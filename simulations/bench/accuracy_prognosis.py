@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.study import load_study
+from common.study import Study, load_study
 from simulations.bench.trained import (
     EXAMPLES,
     NON_PRIVATE,
-    SEEDS,
     figures,
     find_folder,
+    over_seeds,
     student_scores,
 )
 from simulations.evaluation import together
@@ -25,27 +26,23 @@ _LONGER: dict[str, Any] = {
 }
 
 
-def prognosis(data_folder: Path) -> dict[str, Any] | None:
+def prognosis(data_folder: Path, jobs: int) -> dict[str, Any] | None:
     """C-index over all patients, each predicted by the student whose fold left it out, per seed."""
     folder = find_folder(data_folder, "tcga_brca", _FILE)
     if folder is None:
         return None
     study = load_study(EXAMPLES / "brca.toml")
-    arms: dict[str, Mapping[str, Any]] = {
-        "nonprivate_cindex": {**NON_PRIVATE, **_LONGER},
-        "eps3_cindex": {"privacy__epsilon": 3.0},
+    arms = {
+        "nonprivate": study.revised(**NON_PRIVATE, **_LONGER),
+        "eps3": study.revised(privacy__epsilon=3.0),
     }
+    return figures(over_seeds(partial(_cindex, folder=folder), arms, jobs=jobs))
 
-    def seed_cindex(seed: int, changes: Mapping[str, Any]) -> float:
-        scores = [
-            one
-            for fold in range(study.evaluation.folds)
-            for one in student_scores(
-                study.revised(seed=seed, evaluation__fold=fold, **changes), folder
-            )
-        ]
-        return together(scores).figures["cindex"]
 
-    return figures(
-        {key: [seed_cindex(seed, changes) for seed in SEEDS] for key, changes in arms.items()}
-    )
+def _cindex(study: Study, seed: int, *, folder: Path) -> Mapping[str, float]:
+    scores = [
+        one
+        for fold in range(study.evaluation.folds)
+        for one in student_scores(study.revised(seed=seed, evaluation__fold=fold), folder)
+    ]
+    return {"{}_cindex": together(scores).figures["cindex"]}

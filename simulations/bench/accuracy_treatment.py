@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,27 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from common.learning.metrics import mean_interval
 from common.study import Study, load_study
 from simulations.arms import under_one_roof
-from simulations.bench.trained import EXAMPLES, NON_PRIVATE, find_folder, student_scores
-from simulations.evaluation import together
+from simulations.bench.trained import (
+    EXAMPLES,
+    NON_PRIVATE,
+    figures,
+    find_folder,
+    over_seeds,
+    student_scores,
+)
+from simulations.evaluation import Scores, together
 from simulations.hospitals import pooled
+
+Arm = Callable[[Study, Path], list[Scores]]
+"""Who trains: the scores that a study ends with at every hospital."""
 
 REPLICATES = tuple(range(1, 11))
 _SPREADS = 10  # outcomes are held within so many spreads of their middle
 
 
-def treatment(data_folder: Path) -> dict[str, Any] | None:
+def treatment(data_folder: Path, jobs: int) -> dict[str, Any] | None:
     """√PEHE of the student over all hospitals' test patients, mean over ten replicates each:
     trained together, on pooled data, and (mean over all patients) by each hospital alone."""
     ihdp = find_folder(data_folder, "treatment_effect/ihdp", "ihdp_npci_1.csv")
@@ -36,34 +46,52 @@ def treatment(data_folder: Path) -> dict[str, Any] | None:
     if ihdp is None or acic is None:
         return None
     rows: dict[str, Any] = {"replicates": len(REPLICATES)}
-    study = load_study(EXAMPLES / "ihdp.toml").revised(**NON_PRIVATE)
-    rows |= _figures(
-        "ihdp_sqrt_pehe", [arms(ihdp_replicate(study, ihdp, one), ihdp) for one in REPLICATES]
-    )
-    study = load_study(EXAMPLES / "acic.toml").revised(**NON_PRIVATE)
-    with tempfile.TemporaryDirectory(prefix="consilium-acic-") as temporary:
-        folder = Path(temporary)
-        rows |= _figures(
-            "acic_sqrt_pehe",
-            [arms(acic_replicate(study, acic, one, folder), folder) for one in REPLICATES],
-        )
+    for score in (partial(_ihdp, folder=ihdp), partial(_acic, folder=acic)):
+        values = over_seeds(score, _ARMS, REPLICATES, jobs=jobs)
+        rows |= figures(values, REPLICATES) | _medians(values)
     return rows
 
 
-def arms(study: Study, data_folder: Path) -> dict[str, float]:
-    """√PEHE over all hospitals' test patients of one replicate, by who trained."""
+def _ihdp(arm: Arm, number: int, *, folder: Path) -> Mapping[str, float]:
+    study = load_study(EXAMPLES / "ihdp.toml").revised(**NON_PRIVATE)
+    return {"ihdp_sqrt_pehe{}": _error(arm(ihdp_replicate(study, folder, number), folder))}
+
+
+def _acic(arm: Arm, number: int, *, folder: Path) -> Mapping[str, float]:
+    study = load_study(EXAMPLES / "acic.toml").revised(**NON_PRIVATE)
+    with tempfile.TemporaryDirectory(prefix="consilium-acic-") as temporary:
+        out = Path(temporary)
+        study = acic_replicate(study, folder, number, out)
+        return {"acic_sqrt_pehe{}": _error(arm(study, out))}
+
+
+def _error(scores: list[Scores]) -> float:
+    return together(scores).figures["sqrt_pehe"]
+
+
+def _trained_together(study: Study, data_folder: Path) -> list[Scores]:
+    return student_scores(study, data_folder)
+
+
+def _trained_pooled(study: Study, data_folder: Path) -> list[Scores]:
+    return student_scores(under_one_roof(study), data_folder, cast=lambda all_: [pooled(all_)])
+
+
+def _trained_alone(study: Study, data_folder: Path) -> list[Scores]:
+    """Each hospital's own patients' scores by the student that it trained alone."""
     lone = under_one_roof(study)
     assert study.simulation is not None  # noqa: S101
-    alone = [
+    return [
         student_scores(lone, data_folder, cast=itemgetter(slice(number, number + 1)))[number]
         for number in range(len(study.simulation.names))
     ]
-    found = {
-        "": student_scores(study, data_folder),
-        "_pooled": student_scores(lone, data_folder, cast=lambda all_: [pooled(all_)]),
-        "_alone": alone,
-    }
-    return {arm: together(scores).figures["sqrt_pehe"] for arm, scores in found.items()}
+
+
+_ARMS: Mapping[str, Arm] = {
+    "": _trained_together,
+    "_pooled": _trained_pooled,
+    "_alone": _trained_alone,
+}
 
 
 def ihdp_replicate(study: Study, folder: Path, number: int) -> Study:
@@ -100,16 +128,9 @@ def _scaled(study: Study, path: str, outcome: NDArray[Any], *, seed: int) -> Stu
     )
 
 
-def _figures(key: str, each: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Mean and 95 % interval over the replicates, which differ much: the median beside it."""
-    rows: dict[str, Any] = {}
-    for arm in each[0]:
-        values = [one[arm] for one in each]
-        interval = mean_interval(values)
-        rows[f"{key}{arm}"] = interval.mean
-        rows[f"{key}{arm}_ci"] = [interval.low, interval.high]
-        rows[f"{key}{arm}_median"] = float(np.median(values))
-    return rows
+def _medians(values: Mapping[str, list[float]]) -> dict[str, float]:
+    """Replicates differ much: one of them can make a mean."""
+    return {f"{key}_median": float(np.median(each)) for key, each in values.items()}
 
 
 if __name__ == "__main__":

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from client.hospital import Hospital
 from common.features import FeatureMap
@@ -21,6 +26,9 @@ from simulations.simulate import run_in_process
 
 Cast = Callable[[list[Hospital]], list[Hospital]]
 """Which of the hospitals train."""
+
+Arm = TypeVar("Arm")
+"""What tells one arm of a comparison from another: a study, or who trains."""
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "deploy" / "examples"
 SEEDS = (0, 1, 2, 3, 4)
@@ -64,6 +72,35 @@ def find_folder(data_folder: Path, name: str, file: str) -> Path | None:
         if (folder / file).is_file():
             return folder
     return None
+
+
+def over_seeds(
+    score: Callable[[Arm, int], Mapping[str, float]],
+    arms: Mapping[str, Arm],
+    seeds: Sequence[int] = SEEDS,
+    *,
+    jobs: int = 1,
+) -> dict[str, list[float]]:
+    """What ``score`` finds for every arm and seed, the seeds of a figure in their order.
+
+    A ``{}`` in a figure's name is where its arm's name goes. ``jobs`` processes share the work:
+    ``score`` is a function of a module, or a partial one, and its results do not depend on them.
+    """
+    works = list(product(arms, seeds))
+    of_arm, of_seed = [arms[arm] for arm, _ in works], [seed for _, seed in works]
+    if jobs == 1:
+        found = list(map(score, of_arm, of_seed))
+    else:
+        processes = ProcessPoolExecutor(
+            min(jobs, len(works)), get_context("spawn"), torch.set_num_threads, (1,)
+        )
+        with processes as pool:
+            found = list(pool.map(score, of_arm, of_seed))
+    values: dict[str, list[float]] = {}
+    for (arm, _), one in zip(works, found, strict=True):
+        for name, value in one.items():
+            values.setdefault(name.format(arm), []).append(value)
+    return values
 
 
 def figures(values: Mapping[str, list[float]], seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
