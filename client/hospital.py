@@ -22,6 +22,7 @@ from client.sources.reading import read_records
 from common.errors import DataError, RefusalError
 from common.identity import PublicIdentity
 from common.molecules import scaffold_folds
+from common.place import choose
 from common.privacy.units import PrivacyUnit
 from common.randomness import NoiseSource, SecretNoise, SeededNoise
 from common.secagg import AggregationPolicy
@@ -67,6 +68,7 @@ def open_hospital(folder: Path, digest: str) -> Iterator[Hospital]:
     Raises RefusalError otherwise, before any record is read.
     """
     settings = load_hospital_file(folder)
+    choose(settings.compute)
 
     def with_guard(
         study: Study,

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from client.sources.deidentify import DeidentificationRules
 from client.sources.specs import HospitalSource
+from common.compute import ComputeSpec
 from common.enrolment import HospitalName
 from common.errors import DataError
 from common.secretfiles import replace_file
@@ -45,6 +46,10 @@ safe = "."
 # [deidentify]
 # drop = ["ward_*"]
 
+# Where models run: auto (a GPU if there is one), cpu or cuda; see docs/gpu.md.
+# [compute]
+# device = "auto"
+
 # Another source for one study, by the study's name.
 # [sources.heart]
 # kind = "csv"
@@ -61,6 +66,7 @@ class HospitalFile(Strict):
     out, the hospital is a simulated one: it answers to any study laid out for it, its noise key
     lies beside this file, nothing it spends is remembered, and the privacy statement says that
     nothing is guaranteed.
+    ``compute``: where its models run.
     ``test_noise_seed``: repeatable test noise in place of secret noise, which PROTECTS NOBODY; for
     rehearsals on public data. Only this file can set it, and every statement will say so.
     """
@@ -71,6 +77,7 @@ class HospitalFile(Strict):
     sources: dict[str, HospitalSource] = {}
     deidentify: DeidentificationRules = DeidentificationRules()
     safe: str = ""
+    compute: ComputeSpec = ComputeSpec()
     test_noise_seed: Annotated[int, Field(ge=0)] | None = None
 
     def source_of(self, study: Study) -> HospitalSource:

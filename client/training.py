@@ -22,6 +22,7 @@ from common.learning.gradients import choose_engine, plain_gradient, private_gra
 from common.learning.loop import Gradient
 from common.learning.records import Records
 from common.models import Student, Teacher, build_student, build_teacher, learner
+from common.place import here
 from common.privacy.budget import Charge, stage_charge
 from common.randomness import Stream
 from common.study import OptimiserSpec, Study
@@ -139,6 +140,8 @@ def read_assignment(study: Study, task: TrainTask | AggregateTask) -> Assignment
     teacher = load_teacher(study, features, task.teacher)
     tuning = task.stage == "finetune"
     model = learner(study, teacher) if tuning else load_student(study, features, task.student)
+    for one in (teacher, model):
+        one.to(here().device)
     return Assignment(
         study=study,
         stage=task.stage,

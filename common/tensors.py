@@ -20,15 +20,17 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 
 
 def get_vector(module: nn.Module) -> Tensor:
-    """A detached copy of the trainable parameters as one vector [d]."""
-    return torch.cat([parameter.detach().reshape(-1) for parameter in trainable(module)])
+    """A detached copy of the trainable parameters as one vector [d], on the processor."""
+    return torch.cat([parameter.detach().reshape(-1) for parameter in trainable(module)]).cpu()
 
 
 def set_vector(module: nn.Module, vector: Tensor) -> None:
     """Write ``vector`` [d] into the trainable parameters."""
-    start = 0
+    start, parameters = 0, trainable(module)
+    if parameters:
+        vector = vector.to(parameters[0].device)
     with torch.no_grad():
-        for parameter in trainable(module):
+        for parameter in parameters:
             stop = start + parameter.numel()
             parameter.copy_(vector[start:stop].view_as(parameter))
             start = stop

@@ -28,6 +28,7 @@ from common.features import (
 from common.learning.distill import distill_publicly, records_from_dictionary
 from common.learning.pretrain import pretrain
 from common.models import Student, Teacher, build_student, build_teacher, count_parameters, learner
+from common.place import here
 from common.privacy.budget import Budget, budget_of
 from common.secagg.plan import check_sums
 from common.study import Study
@@ -156,6 +157,7 @@ def conduct(
     facts: dict[str, Any] = dict(done.facts) if done else {}
     facts.pop("average_weight", None)
     facts |= {
+        "device": str(here()),
         "teacher_parameters": count_parameters(teacher),
         "student_parameters": count_parameters(student),
     }

@@ -149,7 +149,13 @@ class Driver:
         }
         public = (self._desk.folder.path / self._desk.settings.public_folder).resolve()
         path = self._studies.folder(row).path
-        prepare(path, self._studies.study(row), nodes=nodes, public_folder=public)
+        prepare(
+            path,
+            self._studies.study(row),
+            nodes=nodes,
+            public_folder=public,
+            compute=self._desk.settings.compute,
+        )
         run_id = self._federation.start_run(row.id)
         self._change(row, run_id=run_id, next_attempt_at=None)
         _logger.info("study %s: attempt %d begins", row.id, row.attempts + 1)

@@ -28,6 +28,7 @@ import httpx
 from flwr.app import Context
 from flwr.serverapp import ServerApp
 
+from common.compute import ComputeSpec
 from common.errors import ConsiliumError, RunError
 from common.flower_tasks import (
     Endpoint,
@@ -36,6 +37,8 @@ from common.flower_tasks import (
     node_activations,
     run_server_task,
 )
+from common.place import choose
+from common.strict import parse_strict
 from common.study import Study
 from common.supervise import end_with_parent
 from server.app import Job, build_server_app, log_progress, read_corpus
@@ -60,7 +63,14 @@ class Failure:
     is_passing: bool
 
 
-def prepare(run: Path, study: Study, *, nodes: Mapping[int, str], public_folder: Path) -> None:
+def prepare(
+    run: Path,
+    study: Study,
+    *,
+    nodes: Mapping[int, str],
+    public_folder: Path,
+    compute: ComputeSpec,
+) -> None:
     """Make or refresh the folder of a run: its study, and its hospitals by Flower node."""
     folder = RunFolder(run) if (run / "study.toml").is_file() else RunFolder.create(run, study)
     folder.write_json(
@@ -68,6 +78,7 @@ def prepare(run: Path, study: Study, *, nodes: Mapping[int, str], public_folder:
         {
             "hospitals": {str(node): name for node, name in nodes.items()},
             "public_folder": str(public_folder),
+            "compute": compute.model_dump(),
         },
     )
 
@@ -95,6 +106,7 @@ def conduct_task(runs: Path, endpoint: Endpoint, token: str) -> None:
         (path / "failure.json").unlink(missing_ok=True)
         run, study = RunFolder.open(path)
         job = run.read_json("job.json")
+        choose(parse_strict(ComputeSpec, job["compute"], origin="job.json"))
         enrolled = Enrolled(
             names={int(node): str(one) for node, one in job["hospitals"].items()},
             activations=lambda: node_activations(grid),  # type: ignore[arg-type]

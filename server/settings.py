@@ -30,6 +30,7 @@ from typing import Annotated, Any
 import tomli_w
 from pydantic import Field, field_validator
 
+from common.compute import ComputeSpec
 from common.errors import RunError
 from common.identity import PublicIdentity
 from common.secretfiles import replace_file
@@ -49,7 +50,8 @@ class CoordinatorSettings(Strict):
     ``host``: names and addresses by which hospitals reach it, the first one in join codes.
     ``listen``: the address nginx binds; hospitals need more than the default, which is this machine
     alone. ``database``: relative SQLite paths are below the folder; a URL with a password belongs
-    into the environment variable CONSILIUM_DATABASE_URL instead.
+    into the environment variable CONSILIUM_DATABASE_URL instead. ``compute``: where pre-training
+    and distillation on public records run.
     """
 
     host: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -61,6 +63,7 @@ class CoordinatorSettings(Strict):
     public_folder: str = "public"
     join_hours: Annotated[int, Field(ge=1, le=24 * 30)] = 72
     certificate_days: Annotated[int, Field(ge=1, le=825)] = 365
+    compute: ComputeSpec = ComputeSpec()
 
     @field_validator("host")
     @classmethod

@@ -27,6 +27,7 @@ from simulations.data_cli import data_app
 from simulations.options import (
     DATA_HOME,
     DataOption,
+    DeviceOption,
     EngineOption,
     JsonOption,
     NoiseSeedOption,
@@ -38,6 +39,7 @@ from simulations.options import (
     emit,
     load,
     use_code_of,
+    use_device,
 )
 from simulations.sweep_cli import sweep
 
@@ -92,6 +94,7 @@ def simulate(
         int | None,
         typer.Option("--memory", min=1, help="At most so many MiB for a batch of hospitals."),
     ] = None,
+    device: DeviceOption = None,
     replace: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -101,6 +104,7 @@ def simulate(
     from simulations.simulate import parse_engine
     from simulations.simulate import simulate as run_study
 
+    use_device(device)
     loaded = load(study, seed)
     path = run or Path("runs") / loaded.name
     announce(loaded, path, quiet=as_json)
@@ -121,12 +125,19 @@ def simulate(
 
 
 @app.command(rich_help_panel="Researcher", epilog="Example: consilium resume runs/heart")
-def resume(context: typer.Context, run: RunArgument, as_json: JsonOption = False) -> None:
+def resume(
+    context: typer.Context,
+    run: RunArgument,
+    *,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Continue an interrupted run to the result it would have had."""
     from simulations.attacks import run_twin
     from simulations.display import live_progress
     from simulations.simulate import resume as resume_run
 
+    use_device(device)
     use_code_of(run)
     with live_progress(quiet=as_json) as watch:
         folder = resume_run(run, watch, debug=context.obj["debug"])
@@ -151,6 +162,7 @@ def compare(
         str, typer.Option(help="Comma-separated ε of the sweep; around the study's if left out.")
     ] = "",
     noise_seed: NoiseSeedOption = None,
+    device: DeviceOption = None,
     replace: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -160,6 +172,7 @@ def compare(
     from simulations.report import write_report
     from simulations.tables import render_table
 
+    use_device(device)
     loaded = load(study, None)
     path = out or Path("runs") / f"compare-{loaded.name}"
     announce(loaded, path, quiet=as_json)

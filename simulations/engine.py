@@ -31,6 +31,7 @@ from common.learning.gradients import Engine, GhostNorms
 from common.learning.groups import Groups
 from common.learning.loop import Gradient
 from common.learning.records import Records
+from common.place import beside, here, wide
 from common.privacy.plan import StepPlan
 from common.randomness import Stream
 from common.study import Study
@@ -339,7 +340,10 @@ def _plain(round_: Round, lanes: Sequence[Lane]) -> Gradient:
             share = share * batch.present
         own = weights.detach().clone().requires_grad_()
         with stacked(model, own, batch.rows):
-            losses = loss(model(batch.inputs), batch.targets)
+            inputs, targets, share = beside(model, batch.inputs, batch.targets, share)
+            with here().passing():
+                answers = model(inputs)
+            losses = loss(wide(answers), targets)
         (found,) = torch.autograd.grad((losses * share).sum(), own)
         return found.div_(expected)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from common.compute import DEVICE_VARIABLE, from_environment
 from common.errors import StudyError
 from common.plugins import allow_code_in
 
@@ -28,6 +29,10 @@ NoiseSeedOption = Annotated[
 EngineOption = Annotated[
     str, typer.Option(help="Who answers for the hospitals: auto, stacked, one-by-one or ray.")
 ]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", help="Where models run: auto (a GPU if there is one), cpu or cuda."),
+]
 ReplaceOption = Annotated[bool, typer.Option("--replace", help="Start over in a used folder.")]
 
 
@@ -42,6 +47,13 @@ def load(path: Path, seed: int | None) -> Study:
             raise StudyError(f"--seed: expected a number of at least 0, found {seed}")
         loaded = loaded.revised(seed=seed)
     return loaded
+
+
+def use_device(name: str | None) -> None:
+    """Run models there, in this process and in those it starts; None: as the environment says."""
+    if name is not None:
+        os.environ[DEVICE_VARIABLE] = name
+    from_environment()
 
 
 def use_code_of(run: Path) -> None:

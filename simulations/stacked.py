@@ -21,6 +21,7 @@ from common.errors import PrivacyError
 from common.learning.groups import Groups
 from common.learning.unruled import EachItsOwn, learnt
 from common.models.checks import check_private, check_records_apart, learners
+from common.place import beside
 from common.tensors import trainable
 
 Own = dict[str, Tensor]
@@ -37,7 +38,8 @@ def stacked(model: nn.Module, weights: Tensor, groups: Groups) -> Iterator[None]
     ``weights`` [K, d]. The model's own trainable weights are not touched.
     """
     ruled, unruled = learners(model)
-    own = _by_parameter(trainable(model), weights)
+    groups = groups.beside(model)
+    own = _by_parameter(trainable(model), *beside(model, weights))
     try:
         for layer in ruled:
             named = {
@@ -76,7 +78,7 @@ def _draws(model: nn.Module, like: Tensor) -> bool:
     training = model.training
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         before = torch.get_rng_state()
-        model.train()(torch.zeros_like(like[:1]))
+        model.train()(*beside(model, torch.zeros_like(like[:1])))
         drawn = not torch.equal(torch.get_rng_state(), before)
     model.train(training)
     return drawn
@@ -107,6 +109,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+        inputs, weight = _cast(inputs), _cast(weight)
         ctx.save_for_backward(inputs, weight)
         ctx.groups = groups
         return groups.times(inputs, weight.mT)
@@ -148,6 +151,8 @@ class _Convolution(torch.autograd.Function):
     def forward(
         ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, how: How, groups: Groups
     ) -> Tensor:
+        inputs, weight = _cast(inputs), _cast(weight)
+        bias = None if bias is None else _cast(bias)
         ctx.save_for_backward(inputs, weight)
         ctx.how, ctx.groups, ctx.biased = how, groups, bias is not None
         parts = [
@@ -181,6 +186,12 @@ class _Convolution(torch.autograd.Function):
             for place, needed in enumerate(wanted)
         )
         return asked, learnt, shifted, None, None
+
+
+def _cast(values: Tensor) -> Tensor:
+    """As autocast, if any, would give it to a layer of its own; it does not reach into these."""
+    kind = values.device.type
+    return values.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else values
 
 
 How = tuple[Any, ...]

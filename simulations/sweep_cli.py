@@ -13,6 +13,7 @@ from rich.console import Console
 from common.errors import StudyError, nearest
 from simulations.options import (
     DataOption,
+    DeviceOption,
     JsonOption,
     NoiseSeedOption,
     ReplaceOption,
@@ -20,6 +21,7 @@ from simulations.options import (
     announce,
     emit,
     load,
+    use_device,
 )
 
 if TYPE_CHECKING:
@@ -54,12 +56,14 @@ def sweep(
     select: SelectOption = "",
     trials: TrialsOption = None,
     noise_seed: NoiseSeedOption = None,
+    device: DeviceOption = None,
     replace: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Every combination of some settings over several seeds; resumes where it stopped."""
     from simulations.combinations import parse_settings
 
+    use_device(device)
     loaded, asked = load(study, None), parse_settings(settings)
     kind = "select" if select else "sweep"
     path = out or Path("runs") / f"{kind}-{loaded.name}"

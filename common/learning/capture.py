@@ -29,6 +29,7 @@ from common.models.checks import (
     learners,
     place_of,
 )
+from common.place import here, wide
 from common.tensors import trainable
 
 _logger = logging.getLogger(__name__)
@@ -112,7 +113,9 @@ class Capture:
         handles = [layer.register_forward_hook(note) for layer in self._layers]
         try:
             with copied(self._unruled, rows) as copies:
-                losses = loss(self.model(inputs), targets)
+                with here().passing():
+                    answers = self.model(inputs)
+                losses = loss(wide(answers), targets)
         finally:
             for handle in handles:
                 handle.remove()
@@ -133,7 +136,7 @@ class Capture:
         wanted: list[Any] = [*(one[5] for one in seen), *copies.values()]
         derivatives = torch.autograd.grad(losses.sum(), wanted, allow_unused=True)
         calls = [
-            LayerCall(layer, given, derivative)
+            LayerCall(layer, wide(given), wide(derivative))
             for (layer, given, *_), derivative in zip(seen, derivatives, strict=False)
             if derivative is not None
         ]

@@ -14,6 +14,7 @@ from common.learning.augment import DRAWS, augmented
 from common.learning.gradients import batch_gradient
 from common.learning.loop import run
 from common.models import Student, Teacher
+from common.place import CPU, here, wide
 from common.study import Study
 from common.tasks import task_of
 from common.tensors import get_vector, set_vector
@@ -29,6 +30,10 @@ def distill_publicly(study: Study, teacher: Teacher, student: Student, corpus: T
     draw = plain if study.dictionary.modality == "molecule" else mixtures
     generator = torch.Generator().manual_seed(study.seed + 3)
     watched = draw(corpus, _WATCHED, torch.Generator().manual_seed(study.seed + 4))
+    place = here()
+    teacher.to(place.device)
+    student.to(place.device)
+    watched = watched.to(place.device)
     with torch.no_grad():
         watched_answers = teacher(watched)
 
@@ -37,9 +42,12 @@ def distill_publicly(study: Study, teacher: Teacher, student: Student, corpus: T
         if spec.augment is not None:
             draws = torch.rand(len(batch), DRAWS, generator=generator)
             batch = augmented(batch, draws, spec.augment)
+        batch = batch.to(place.device)
         with torch.no_grad():
             taught = teacher(batch)
-        return task.distill_loss(student(batch), taught, spec.temperature).mean()
+        with place.passing():
+            answers = student(batch)
+        return task.distill_loss(wide(answers), taught, spec.temperature).mean()
 
     def watch(weights: Tensor) -> float:
         set_vector(student, weights)
@@ -51,7 +59,10 @@ def distill_publicly(study: Study, teacher: Teacher, student: Student, corpus: T
     weights = run(
         start, batch_gradient(student, objective), spec.optimiser, steps=spec.steps, watch=watch
     )
-    return watch(weights)
+    loss = watch(weights)
+    teacher.to(CPU)
+    student.to(CPU)
+    return loss
 
 
 def plain(corpus: Tensor, rows: int, generator: torch.Generator) -> Tensor:

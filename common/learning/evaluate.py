@@ -8,13 +8,17 @@ from torch import Tensor, nn
 from common.models.checks import check_records_apart
 from common.models.networks import Teacher
 from common.models.sizes import record_numbers, rows_at_once
+from common.place import beside, device_of
 
 
 def answer(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Answers [rows, outputs] in evaluation mode, without gradients, in bounded memory."""
+    """Answers [rows, outputs] in evaluation mode, without gradients, in bounded memory.
+
+    Wherever the model is, inputs and answers are on the processor, and in float32.
+    """
     model.eval()
     with torch.no_grad():
-        return torch.cat([model(part) for part in _parts(model, inputs)])
+        return torch.cat([model(*beside(model, part)).cpu() for part in _parts(model, inputs)])
 
 
 def codes(teacher: Teacher, inputs: Tensor) -> Tensor:
@@ -26,8 +30,9 @@ def codes(teacher: Teacher, inputs: Tensor) -> Tensor:
     check_records_apart(teacher.encoder, inputs, learning=False)
     teacher.eval()
     with torch.no_grad():
-        return torch.cat([teacher.represent(part) for part in _parts(teacher, inputs)])
+        parts = _parts(teacher, inputs)
+        return torch.cat([teacher.represent(*beside(teacher, part)).cpu() for part in parts])
 
 
 def _parts(model: nn.Module, inputs: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(inputs, rows_at_once(record_numbers(model)))
+    return torch.split(inputs, rows_at_once(record_numbers(model), device_of(model)))

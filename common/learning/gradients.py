@@ -22,6 +22,7 @@ from common.learning.layers import (
 from common.learning.loop import Gradient
 from common.learning.records import Records
 from common.models.sizes import record_numbers, rows_at_once
+from common.place import beside, device_of, here, wide
 from common.privacy.plan import StepPlan, combine_records
 from common.randomness import Stream
 from common.tensors import set_vector, trainable
@@ -95,7 +96,7 @@ class PerRecordGradients:
 
     def rows_at_once(self, *, one_record_each: bool) -> int:  # noqa: ARG002
         """All d numbers of each record are held."""
-        return rows_at_once(self.size + record_numbers(self.model))
+        return rows_at_once(self.size + record_numbers(self.model), device_of(self.model))
 
     def __call__(self, weights: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         """Per-record gradients [rows, d] at ``weights`` [d]."""
@@ -104,15 +105,15 @@ class PerRecordGradients:
         set_vector(self.model, weights)
         found = {
             one.parameter: one.each.reshape(len(inputs), -1)
-            for one in self._gradients(inputs, targets)
+            for one in self._gradients(*beside(self.model, inputs, targets))
         }
         return torch.cat(
             [
-                found[one] if one in found else torch.zeros(len(inputs), one.numel())
+                found[one] if one in found else one.new_zeros(len(inputs), one.numel())
                 for one in self.capture.parameters
             ],
             dim=1,
-        )
+        ).cpu()
 
     def clipped_sums(
         self,
@@ -126,17 +127,18 @@ class PerRecordGradients:
         """See ``Engine``."""
         if len(inputs) == 0:
             return torch.zeros(len(groups), self.size)
-        gradients = self._gradients(inputs, targets)
+        gradients = self._gradients(*beside(self.model, inputs, targets))
         if not _one_record_each(owners, groups.rows):
+            (of_rows,) = beside(self.model, owners)
             gradients = [
                 LayerGradient(
                     one.parameter,
-                    combine_records(one.each.flatten(start_dim=1), owners, groups.rows),
+                    combine_records(one.each.flatten(start_dim=1), of_rows, groups.rows),
                 )
                 for one in gradients
             ]
         layers = [Held(gradients)] if gradients else []
-        return _clipped(self.capture.parameters, layers, groups, plan, present)
+        return _clipped(self.capture.parameters, layers, groups.beside(self.model), plan, present)
 
     def _gradients(self, inputs: Tensor, targets: Tensor) -> list[LayerGradient]:
         seen = self.capture(self.loss, inputs, targets)
@@ -167,7 +169,7 @@ class GhostNorms:
     def rows_at_once(self, *, one_record_each: bool) -> int:
         """At worst every layer's gradients are held, embeddings excepted."""
         held = self._held if one_record_each else self.size
-        return rows_at_once(held + record_numbers(self.model))
+        return rows_at_once(held + record_numbers(self.model), device_of(self.model))
 
     def clipped_sums(
         self,
@@ -183,11 +185,11 @@ class GhostNorms:
             return self._per_record.clipped_sums(inputs, targets, owners, groups, plan, present)
         if len(inputs) == 0:
             return torch.zeros(len(groups), self.size)
-        seen = self._capture(self.loss, inputs, targets)
+        seen = self._capture(self.loss, *beside(self.model, inputs, targets))
         layers = [ghost(one) for one in _by_layer(seen.calls)]
         if seen.gradients:
             layers.append(Held(seen.gradients))
-        return _clipped(self._capture.parameters, layers, groups, plan, present)
+        return _clipped(self._capture.parameters, layers, groups.beside(self.model), plan, present)
 
 
 def clipped_sum(
@@ -266,7 +268,10 @@ def plain_gradient(
     """The same mean over the same samples, neither clipped nor noised: for the comparison only."""
 
     def summed(inputs: Tensor, targets: Tensor, share: Tensor) -> Tensor:
-        return (loss(model(inputs), targets) * share).sum() / expected_units
+        inputs, targets, share = beside(model, inputs, targets, share)
+        with here().passing():
+            answers = model(inputs)
+        return (loss(wide(answers), targets) * share).sum() / expected_units
 
     def gradient(weights: Tensor) -> Tensor:
         units = plan.sample(stream, records.units)
@@ -276,7 +281,7 @@ def plain_gradient(
         inputs = records.look(rows, stream)
         share = 1.0 / torch.bincount(owners)[owners].float()
         total = torch.zeros_like(weights)
-        at_once = rows_at_once(record_numbers(model))
+        at_once = rows_at_once(record_numbers(model), device_of(model))
         for some in zip(
             *(torch.split(one, at_once) for one in (inputs, records.targets[rows], share)),
             strict=True,
@@ -296,7 +301,7 @@ def _backward(model: nn.Module, weights: Tensor, objective: Callable[[], Tensor]
     set_vector(model, weights)
     parameters = trainable(model)
     gradients = torch.autograd.grad(objective(), parameters)
-    return torch.cat([one.reshape(-1) for one in gradients])
+    return torch.cat([one.reshape(-1) for one in gradients]).cpu()
 
 
 def _clipped(
@@ -306,8 +311,10 @@ def _clipped(
     plan: StepPlan,
     present: Tensor | None,
 ) -> Tensor:
-    """The clipped sums [K, d] over layers that all hold the same units."""
-    squares = torch.zeros(groups.rows)
+    """The clipped sums [K, d] over layers that all hold the same units, on the processor."""
+    if not layers:
+        return torch.zeros(len(groups), sum(one.numel() for one in parameters))
+    squares = torch.zeros(groups.rows, device=groups.device)
     for layer in layers:
         squares = squares + layer.squares
     norms = squares.sqrt_()
@@ -315,7 +322,7 @@ def _clipped(
     sound = None if bool(finite.all()) else finite
     factors = plan.clip_factors(norms)
     if present is not None:
-        factors = factors * present
+        factors = factors * present.to(factors.device)
     sums: Sums = {}
     for layer in layers:
         layer.put_sums(factors, sound, groups, sums)
@@ -323,11 +330,11 @@ def _clipped(
         [
             sums[one].view(len(groups), -1)
             if one in sums
-            else torch.zeros(len(groups), one.numel())
+            else one.new_zeros(len(groups), one.numel())
             for one in parameters
         ],
         dim=1,
-    )
+    ).cpu()
 
 
 def _by_layer(calls: list[LayerCall]) -> list[list[LayerCall]]:

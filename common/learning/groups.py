@@ -10,14 +10,17 @@ from collections.abc import Iterator
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from common.place import CPU, device_of
 
 
 class Groups:
     """``sizes`` [K]: how many rows each group has, in the order of the rows; 0 is a size too."""
 
-    def __init__(self, sizes: tuple[int, ...]) -> None:
+    def __init__(self, sizes: tuple[int, ...], device: torch.device = CPU) -> None:
         self.sizes = sizes
+        self.device = device
         self.rows = sum(sizes)
         self.longest = max(sizes, default=0)
         self._even = self.rows == self.longest * len(sizes)
@@ -26,10 +29,16 @@ class Groups:
         """K."""
         return len(self.sizes)
 
+    def beside(self, model: nn.Module) -> Groups:
+        """The same of rows that are where ``model`` is."""
+        device = device_of(model)
+        return self if device == self.device else Groups(self.sizes, device)
+
     @cached_property
     def of_rows(self) -> Tensor:
         """The group of each row [rows]."""
-        return torch.repeat_interleave(torch.arange(len(self.sizes)), torch.tensor(self.sizes))
+        groups = torch.arange(len(self.sizes))
+        return torch.repeat_interleave(groups, torch.tensor(self.sizes)).to(self.device)
 
     def bounds(self) -> Iterator[tuple[int, int]]:
         """First row and the one after the last, group by group."""
@@ -93,4 +102,4 @@ class Groups:
         """The place of each row among K · longest [rows]."""
         sizes = torch.tensor(self.sizes)
         skipped = torch.arange(len(self.sizes)) * self.longest - (torch.cumsum(sizes, 0) - sizes)
-        return torch.arange(self.rows) + skipped[self.of_rows]
+        return torch.arange(self.rows, device=self.device) + skipped.to(self.device)[self.of_rows]

@@ -95,7 +95,7 @@ class Held:
         """See ``LayerSum``."""
         for parameter, flat in self._flat:
             kept = _sound(flat, sound)
-            sums = torch.empty(len(groups), flat.shape[1])
+            sums = flat.new_empty(len(groups), flat.shape[1])
             for total, (start, stop) in zip(sums, groups.bounds(), strict=True):
                 torch.mv(kept[start:stop].t(), factors[start:stop], out=total)
             into[parameter] = sums
@@ -134,7 +134,7 @@ class GhostEmbedding:
         weighted = (derivative * _like(factors, derivative)).reshape(-1, layer.embedding_dim)
         words = self._call.inputs.reshape(len(self._call.inputs), -1)
         own = words + groups.of_rows[:, None] * layer.num_embeddings  # each group has its table
-        tables = torch.zeros(len(groups) * layer.num_embeddings, layer.embedding_dim)
+        tables = weighted.new_zeros(len(groups) * layer.num_embeddings, layer.embedding_dim)
         into[layer.weight] = tables.index_add_(0, own.reshape(-1), weighted)
 
 
@@ -191,7 +191,7 @@ def _linear_squares(call: LayerCall) -> Tensor:
         given = torch.linalg.vector_norm(call.inputs, dim=1).square_()
         squares: Tensor = asked * (given + 1) if bias else asked * given
         return squares
-    squares = torch.zeros(rows, dtype=derivative.dtype)
+    squares = derivative.new_zeros(rows)
     if weight:
         grams = torch.bmm(seen, seen.mT).mul_(torch.bmm(derivative, derivative.mT))
         lengths = torch.linalg.vector_norm(seen, dim=2) * torch.linalg.vector_norm(
@@ -210,12 +210,13 @@ def _embedding_squares(call: LayerCall, derivative: Tensor) -> Tensor:
     layer: Any = call.layer
     rows = len(call.inputs)
     words = call.inputs.reshape(rows, -1)
-    keys = (torch.arange(rows)[:, None] * layer.num_embeddings + words).reshape(-1)
+    first = torch.arange(rows, device=words.device)[:, None] * layer.num_embeddings
+    keys = (first + words).reshape(-1)
     pairs, place = torch.unique(keys, return_inverse=True)
     derivative = derivative.reshape(-1, layer.embedding_dim)
-    sums = torch.zeros(len(pairs), layer.embedding_dim, dtype=derivative.dtype)
+    sums = derivative.new_zeros(len(pairs), layer.embedding_dim)
     sums.index_add_(0, place, derivative)
-    squares = torch.zeros(rows, dtype=derivative.dtype)
+    squares = derivative.new_zeros(rows)
     record = torch.div(pairs, layer.num_embeddings, rounding_mode="floor")
     return squares.index_add_(0, record, sums.square().sum(dim=1))
 

@@ -20,6 +20,7 @@ from common.models.lora import uncorrected
 from common.models.pretrained import PinnedEncoder
 from common.models.transformer import TokenEncoder, longest
 from common.modelspec import VitSpec
+from common.place import CPU, beside, here, wide
 from common.study import Study
 from common.tensors import get_vector, set_vector
 from common.text import PADDING
@@ -34,11 +35,15 @@ def pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tenso
     The decoder serves only here and is thrown away. An encoder that comes trained only takes the
     centre of the corpus; its loss is NaN.
     """
-    if isinstance(teacher.encoder, PinnedEncoder):
-        teacher.encoder.centre_on(corpus)
-        return math.nan
-    with uncorrected(teacher.encoder):
-        return _pretrain(study, teacher, features, corpus)
+    teacher.to(here().device)
+    try:
+        if isinstance(teacher.encoder, PinnedEncoder):
+            teacher.encoder.centre_on(*beside(teacher, corpus))
+            return math.nan
+        with uncorrected(teacher.encoder):
+            return _pretrain(study, teacher, features, corpus)
+    finally:
+        teacher.to(CPU)
 
 
 def _pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tensor) -> float:
@@ -49,7 +54,7 @@ def _pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tens
     else:
         decoder, hidden_loss = nn.Linear(teacher.width, corpus[0].numel()), _hidden_error
     initialise(decoder, seed=study.seed + 2)
-    pair = nn.Sequential(encoder, decoder)
+    pair = nn.Sequential(encoder, decoder).to(here().device)
     generator = torch.Generator().manual_seed(study.seed)
     held = max(1, len(corpus) // _WATCHED_SHARE)
     watched, training = corpus[:held], corpus[held:] if len(corpus) > held else corpus
@@ -64,12 +69,12 @@ def _pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tens
     def objective() -> Tensor:
         rows = torch.randint(len(training), (spec.batch,), generator=generator)
         batch = training[rows]
-        return hidden_loss(pair, batch, mask(batch, generator))
+        return hidden_loss(pair, *beside(pair, batch, mask(batch, generator)))
 
     def watch(weights: Tensor) -> float:
         set_vector(pair, weights)
         with torch.no_grad():
-            return float(hidden_loss(pair, watched, watched_mask))
+            return float(hidden_loss(pair, *beside(pair, watched, watched_mask)))
 
     start = get_vector(pair)
     weights = (
@@ -113,7 +118,8 @@ def mask_for(
 
 def _hidden_error(pair: nn.Sequential, batch: Tensor, mask: Tensor) -> Tensor:
     """Mean squared error on the hidden inputs."""
-    guessed: Tensor = pair(batch.masked_fill(mask, 0.0)).view_as(batch)
+    with here().passing():
+        guessed: Tensor = wide(pair(batch.masked_fill(mask, 0.0))).view_as(batch)
     return ((guessed - batch)[mask]).square().mean() if mask.any() else guessed.sum() * 0.0
 
 
@@ -123,7 +129,9 @@ def _hidden_tokens(pair: nn.Sequential, batch: Tensor, mask: Tensor) -> Tensor:
     assert isinstance(encoder, TokenEncoder)  # noqa: S101  (who else is asked about tokens)
     end = longest(batch)
     batch, mask = batch[:, :end], mask[:, :end]
-    states = encoder.states(batch.masked_fill(mask, encoder.hidden_id))
-    if not mask.any():
-        return states.sum() * 0.0
-    return functional.cross_entropy(decoder(states[mask]), batch[mask])
+    with here().passing():
+        states = encoder.states(batch.masked_fill(mask, encoder.hidden_id))
+        if not mask.any():
+            return states.sum() * 0.0
+        guessed = decoder(states[mask])
+    return functional.cross_entropy(wide(guessed), batch[mask])

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from common.errors import PrivacyError
+from common.place import device_of
 
 # Exact types: a subclass may compute something else. Records lie in the first dimension of each.
 SUPPORTED_LAYERS: frozenset[type[nn.Module]] = frozenset(
@@ -124,6 +125,7 @@ def check_records_apart(model: nn.Module, like: Tensor, *, learning: bool = True
         # A short text of ones is compared: zeros would be padding, whose answer is fixed.
         made_up = torch.zeros(shape, dtype=like.dtype)
         made_up[0, ..., :_MADE_UP_TOKENS] = 1
+    made_up = made_up.to(device_of(model))
     rows_seen: list[tuple[nn.Module, tuple[int, ...], tuple[int, ...]]] = []
 
     def note(layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:

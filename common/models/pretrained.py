@@ -94,7 +94,7 @@ class PinnedEncoder(nn.Module):
         self.corrections.extend(part for one in found for part in (one.down, one.up))
 
     def _recalled(self, tokens: Tensor) -> Tensor:
-        keys = [hashlib.sha256(row.numpy().tobytes()).digest() for row in tokens]
+        keys = [hashlib.sha256(row.numpy().tobytes()).digest() for row in tokens.cpu()]
         if len(self._codes) > _REMEMBERED:
             self._codes.clear()
         unknown = {key: row for row, key in enumerate(keys) if key not in self._codes}
@@ -104,13 +104,15 @@ class PinnedEncoder(nn.Module):
             some = rows[start : start + _ROWS_AT_ONCE]
             with torch.no_grad():
                 pooled = self._pooled(tokens[some])
-            self._codes.update(zip([keys[row] for row in some], pooled, strict=True))
+            self._codes.update(zip([keys[row] for row in some], pooled.cpu(), strict=True))
         found = [self._codes[key] for key in keys]
-        return torch.stack(found) if found else torch.zeros(0, self.width)
+        known = torch.stack(found) if found else torch.zeros(0, self.width)
+        return known.to(tokens.device)
 
     def _pooled(self, tokens: Tensor) -> Tensor:
         tokens = tokens[:, : longest(tokens)]
         (model,) = self._model
+        model.to(tokens.device)  # no part of this module, it does not follow by itself
         seen = model(
             input_ids=tokens,
             attention_mask=(tokens != PADDING).long(),

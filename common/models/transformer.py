@@ -32,7 +32,7 @@ class TokenEncoder(nn.Module):
         """What each position holds after the last block: [rows, T, width]."""
         rows, positions = tokens.shape
         # Records come first in every trainable layer's input, or they have no own gradient.
-        places = torch.arange(positions).expand(rows, positions)
+        places = torch.arange(positions, device=tokens.device).expand(rows, positions)
         states: Tensor = self.words(tokens) + self.places(places)
         present = tokens != PADDING
         for block in self.blocks:

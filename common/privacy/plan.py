@@ -107,7 +107,7 @@ def combine_records(gradients: Tensor, owners: Tensor, units: int) -> Tensor:
     ``owners`` [records] names each record's unit in ``0..units-1``. A mean, so that a patient with
     many encounters speaks no louder than one with a single visit; the clip comes after it, once.
     """
-    sums = torch.zeros(units, gradients.shape[1], dtype=gradients.dtype)
+    sums = gradients.new_zeros(units, gradients.shape[1])
     sums.index_add_(0, owners, gradients)
     counts = torch.bincount(owners, minlength=units).clamp(min=1)
     return sums / counts[:, None].to(gradients.dtype)

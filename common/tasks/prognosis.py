@@ -152,12 +152,12 @@ class Prognosis:
 
     def logits(self, answers: Tensor) -> Tensor:
         """Logits of the hazards [rows, intervals]."""
-        sums = answers[:, :1] + _DEPARTURE * answers[:, 1:] + self.start.to(answers.dtype)
+        sums = answers[:, :1] + _DEPARTURE * answers[:, 1:] + self.start.to(answers)
         if self.form == "hazard":
             return sums
         # P(j) / P(after j): the logit of a hazard is the sum less the weight of all later ones.
         count = sums.shape[1]
-        later = torch.triu(torch.ones(count, count, dtype=torch.bool), diagonal=1)
+        later = torch.ones(count, count, dtype=torch.bool, device=sums.device).triu(diagonal=1)
         after = sums[:, None, :].masked_fill(~later, -torch.inf)
         beyond = torch.zeros_like(after[:, :, :1])
         return sums - torch.logsumexp(torch.cat([after, beyond], dim=2), dim=2)

@@ -26,6 +26,7 @@ from typing import Any
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from common.compute import ComputeSpec
 from common.environ import QUIET
 from common.errors import RunError
 from common.features import FeatureMap, range_scaling
@@ -158,7 +159,9 @@ def _enrol(folder: Path, endpoint: Endpoint, study: Study, nodes: int, size: int
                 )
             )
             names[control.register_node(public_pem(key), name)] = name
-    prepare(folder / "runs" / "load", study, nodes=names, public_folder=folder)
+    prepare(
+        folder / "runs" / "load", study, nodes=names, public_folder=folder, compute=ComputeSpec()
+    )
     plan = folder / "plan.json"
     plan.write_text(
         json.dumps(
