@@ -294,7 +294,7 @@ class _Watched:
 
 
 def _try_round(study: Study, patients: int, hospitals: int) -> _Tried:
-    tried = _one_round_of(study, hospitals)
+    tried = one_round_of(study, hospitals)
     assert tried.simulation is not None  # noqa: S101  (just given)
     folds = study.evaluation.folds
     table = made_up_table(tried, -(-patients * folds // (folds - 1)))
@@ -318,14 +318,20 @@ def _corpus(study: Study) -> Table | None:
     return None if study.public.kind == "dictionary" else made_up_table(study, _PUBLIC_RECORDS)
 
 
-def _one_round_of(study: Study, hospitals: int) -> Study:
-    """The study with one round or step of everything, over so many hospitals on its line."""
+def one_round_of(study: Study, hospitals: int) -> Study:
+    """The study with one round or step of everything, over so many hospitals on its line.
+
+    Under the noise of the whole study: one round alone would get less, for which a secure sum may
+    have no room.
+    """
+    budget = budget_of(study)
     line = _line(study).model_copy(update={"records_per_s": _INSTANT})
     return study.revised(
         pretrain__steps=min(1, study.pretrain.steps),
         finetune__rounds=1,
         distill__steps=1,
         distill__rounds=1,
+        privacy__epsilon=budget.spent("finetune", 1) if study.privacy.epsilon else None,
         simulation={
             "hospitals": hospitals,
             "source": {"kind": "csv", "path": "made up"},

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from common.localmodels import HOME
+from common.privacy.budget import stage_charge
+from common.secagg.plan import check_sums
 from common.study import Study, load_study
 from server.store import RunFolder
 from simulations.cli import main
-from simulations.cost import cost_of, model_costs, run_cost
+from simulations.cost import cost_of, model_costs, one_round_of, run_cost
 from simulations.run_report import write_run_report
 from simulations.simulate import simulate
 
@@ -76,6 +78,14 @@ def test_operations_of_a_plain_network_are_counted_by_hand() -> None:
     assert teacher.parameters == (inputs + 1) * 7 + (7 + 1) * 5 + (5 + 1)
     assert teacher.weight_bytes == 4 * teacher.parameters
     assert (teacher.trained, student.trained) == (5 + 1, 0)
+
+
+def test_the_round_that_is_tried_has_the_noise_of_the_study() -> None:
+    study = load_study(EXAMPLES / "acic.toml")
+    tried = one_round_of(study, 8)
+    sigmas = [stage_charge(one, "finetune").plan.noise_multiplier for one in (study, tried)]
+    assert sigmas[1] == pytest.approx(sigmas[0], rel=0.01)
+    check_sums(tried)  # at the study's own epsilon, one round's sum had no room for so little noise
 
 
 def test_a_round_takes_more_operations_with_more_patients() -> None:
