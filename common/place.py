@@ -99,6 +99,11 @@ def _be_exact() -> None:
     """The same numbers every time, and float32 where float32 is said: not TF32, no atomic sums."""
     # Read by cuBLAS when it starts; see PyTorch's notes on reproducibility.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # A layer of somebody's own without such an algorithm still runs; PyTorch warns of it.
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    # Attention's fused ways back add up in any order; this one multiplies matrices.
+    torch.backends.cuda.enable_flash_sdp(enabled=False)
+    torch.backends.cuda.enable_mem_efficient_sdp(enabled=False)
+    torch.backends.cuda.enable_cudnn_sdp(enabled=False)
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False

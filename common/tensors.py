@@ -44,7 +44,7 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous()
         running.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        running.update(tensor.numpy().tobytes())
+        running.update(tensor.cpu().numpy().tobytes())
     return running.hexdigest()
 
 

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from common.errors import PrivacyError
 from common.learning.groups import Groups
+from common.place import wide
 
 Copies = dict[str, Tensor]
 """A layer's trainable parameters by name, of each record: [rows, *shape]."""
@@ -116,9 +117,14 @@ def answer_each(
         shapes[:] = [form, answered]
         return tuple(value for value in answered if isinstance(value, Tensor))
 
-    together = _mapped(layer, one, copies, [given[place] for place in mapped])
+    kind = next(iter(copies.values())).device.type
+    # In float32: what autocast knows to be safe are layers, of which this is none.
+    with torch.autocast(kind, enabled=False):
+        for place in mapped:
+            given[place] = wide(given[place])
+        together = _mapped(layer, one, copies, [given[place] for place in mapped])
+        dimensions = iter(_record_dimensions(layer, given, mapped, how))
     form, answered = shapes
-    dimensions = iter(_record_dimensions(layer, given, mapped, how))
     whole = iter(together)
     found = [
         _rejoined(next(whole), next(dimensions)) if isinstance(value, Tensor) else value

@@ -24,17 +24,17 @@ from common.tensors import get_vector
 from simulations.bench.models import VOCABULARY, Transformer
 
 _WIDTH, _LAYERS, _HEADS = 384, 6, 12  # of MiniLM-L6 (Wang et al. 2020)
-_TOKENS, _RECORDS = 128, 256
+_TOKENS, _RECORDS = 128, 128
 _PLACES: Mapping[str, ComputeSpec] = {
     "cpu": ComputeSpec(device="cpu", precision="float32"),
     "gpu_float32": ComputeSpec(device="cuda", precision="float32"),
     "gpu_bfloat16": ComputeSpec(device="cuda", precision="bfloat16"),
 }
-_STEPS = {"cpu": 2, "gpu_float32": 8, "gpu_bfloat16": 8}
+_STEPS = {"cpu": 1, "gpu_float32": 8, "gpu_bfloat16": 8}
 
 
 def gpu(data_folder: Path) -> dict[str, Any]:  # noqa: ARG001 - every benchmark takes a folder
-    """Seconds a private step takes on 256 texts of 128 tokens; None where there is no GPU.
+    """Seconds a private step takes on 128 texts of 128 tokens; None where there is no GPU.
 
     ``full``: all weights of a transformer like MiniLM-L6 learn; ``lora``: corrections of rank 8.
     Each with the clipped sum alone (``_sum_s``), the whole step with its sample and noise

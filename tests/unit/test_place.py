@@ -40,7 +40,7 @@ from simulations.simulate import InProcess, run_in_process
 from simulations.stacked import stacked
 from tests.unit.zoo import MODELS, ROWS, build, loss
 
-# RMSNorm has no fused way for values of one precision and weights of another; the slow one is right.
+# RMSNorm has no fused way for values and weights of two precisions; the slow one is right.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 ENGINES: list[type[PerRecordGradients] | type[GhostNorms]] = [PerRecordGradients, GhostNorms]
 HERE = ComputeSpec(device="cpu", precision="float32")
@@ -171,7 +171,7 @@ def test_stacked_hospitals_learn_in_bfloat16_as_each_alone(name: str, spec: Comp
 
 
 @pytest.mark.parametrize("spec", ELSEWHERE)
-@pytest.mark.parametrize("name", ["linear", "groupnorm"])
+@pytest.mark.parametrize("name", ["linear", "groupnorm", "embedding", "vision transformer"])
 def test_a_step_draws_alike_wherever_it_is_made(name: str, spec: ComputeSpec) -> None:
     model, inputs, targets = build(name)
     records = Records(inputs, targets, torch.arange(ROWS), ROWS)
