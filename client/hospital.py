@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from client.safe import DATES_PURPOSE, Safe, open_safe
 from client.sources.reading import read_records
 from common.errors import DataError, RefusalError
 from common.identity import PublicIdentity
+from common.localmodels import HOME as MODELS
 from common.molecules import scaffold_folds
 from common.place import choose
 from common.privacy.units import PrivacyUnit
@@ -68,7 +70,6 @@ def open_hospital(folder: Path, digest: str) -> Iterator[Hospital]:
     Raises RefusalError otherwise, before any record is read.
     """
     settings = load_hospital_file(folder)
-    choose(settings.compute)
 
     def with_guard(
         study: Study,
@@ -118,7 +119,13 @@ def simulated_dates_key(folder: Path) -> bytes:
 def own_records(
     settings: HospitalFile, study: Study, folder: Path, dates: Callable[[], bytes]
 ) -> Table:
-    """The hospital's records for a study. ``dates``: gives the key that dates are shifted by."""
+    """The hospital's records for a study. ``dates``: gives the key that dates are shifted by.
+
+    From now on the process runs models, and finds pre-trained ones, as ``settings`` say.
+    """
+    choose(settings.compute)
+    if settings.models:
+        os.environ[MODELS] = str((folder / settings.models).resolve())
     return read_records(
         settings.source_of(study),
         study.dictionary,

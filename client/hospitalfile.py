@@ -33,6 +33,13 @@ _TEMPLATE = """\
 # The folder with keys, policy, ledger and log; "." is this one.
 safe = "."
 
+# The folder that holds pre-trained models, for studies that use one; see docs/text.md.
+# models = "models"
+
+# Where models run: auto (a GPU if there is one), cpu or cuda; see docs/gpu.md.
+# [compute]
+# device = "auto"
+
 # The records: csv, parquet, npz, sql, omop, fhir, dicom or images; see docs/sources.md and the
 # examples in deploy/examples/hospitals/. A path is relative to this file. Columns are named by each
 # study's dictionary; `rename`, `recode` and `units` translate your words into the dictionary's.
@@ -45,10 +52,6 @@ safe = "."
 # Direct identifiers are never read, dates are shifted, ages over 89 are capped; more of your own:
 # [deidentify]
 # drop = ["ward_*"]
-
-# Where models run: auto (a GPU if there is one), cpu or cuda; see docs/gpu.md.
-# [compute]
-# device = "auto"
 
 # Another source for one study, by the study's name.
 # [sources.heart]
@@ -66,6 +69,7 @@ class HospitalFile(Strict):
     out, the hospital is a simulated one: it answers to any study laid out for it, its noise key
     lies beside this file, nothing it spends is remembered, and the privacy statement says that
     nothing is guaranteed.
+    ``models``: the folder that holds pre-trained models, as if CONSILIUM_MODELS named it.
     ``compute``: where its models run.
     ``test_noise_seed``: repeatable test noise in place of secret noise, which PROTECTS NOBODY; for
     rehearsals on public data. Only this file can set it, and every statement will say so.
@@ -77,6 +81,7 @@ class HospitalFile(Strict):
     sources: dict[str, HospitalSource] = {}
     deidentify: DeidentificationRules = DeidentificationRules()
     safe: str = ""
+    models: str = ""
     compute: ComputeSpec = ComputeSpec()
     test_noise_seed: Annotated[int, Field(ge=0)] | None = None
 

@@ -5,6 +5,7 @@ Tests on a GPU are skipped where there is none; bfloat16 is tried on the process
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from client.hospital import open_hospital
+from client.hospitalfile import load_hospital_file
 from common.compute import DEVICE_VARIABLE, ComputeSpec
 from common.errors import StudyError
 from common.learning import capture
@@ -26,7 +29,8 @@ from common.learning.gradients import (
 )
 from common.learning.groups import Groups
 from common.learning.records import Records
-from common.place import CPU, Place, choose, placed
+from common.localmodels import HOME
+from common.place import CPU, Place, choose, here, placed
 from common.privacy.plan import StepPlan
 from common.privacy.units import PrivacyUnit, Relation
 from common.randomness import SeededNoise
@@ -35,7 +39,7 @@ from common.tensors import get_vector, set_vector
 from server.store import RunFolder
 from simulations.bench.trained import EXAMPLES
 from simulations.evaluation import finished_models
-from simulations.hospitals import build_world, open_world, seeded_noise
+from simulations.hospitals import build_world, open_world, seeded_noise, write_world
 from simulations.simulate import InProcess, run_in_process
 from simulations.stacked import stacked
 from tests.unit.zoo import MODELS, ROWS, build, loss
@@ -245,6 +249,25 @@ def test_what_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DEVICE_VARIABLE, "gpu")
     with pytest.raises(StudyError, match="expected one of auto, cpu, cuda, found 'gpu'"):
         choose(ComputeSpec())
+
+
+def test_a_hospital_says_where_its_models_run_and_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = load_study(EXAMPLES / "wisconsin.toml")
+    write_world(build_world(study, Path()), tmp_path)
+    folder = next((tmp_path / "hospitals").iterdir())
+    path = folder / "hospital.toml"
+    said = 'models = "below"\n[compute]\ndevice = "cpu"\nprecision = "bfloat16"\n'
+    settings = path.read_text()
+    path.write_text(settings.replace("[source]", said + "[source]", 1))
+    monkeypatch.setenv(HOME, "elsewhere")
+    with open_hospital(folder, load_study(tmp_path / "study.toml").digest()):
+        assert here().bf16
+        assert os.environ[HOME] == str(folder.resolve() / "below")
+    path.write_text(settings.replace("[source]", '[compute]\ndevice = "gpu"\n[source]', 1))
+    with pytest.raises(StudyError, match="compute.device: expected one of auto, cpu, cuda"):
+        load_hospital_file(folder)
 
 
 def test_settings_go_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
