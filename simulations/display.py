@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -24,7 +24,8 @@ _STAGES = {
     "finetune": "fine-tune teacher",
     "distill": "distil student",
 }
-_ROLES = ("teacher", "student")
+Role = Literal["teacher", "student"]
+TEACHER_ROW = "all (teacher)"
 
 
 @contextmanager
@@ -120,36 +121,33 @@ def _duration(seconds: float) -> str:
 
 
 def run_table(summary: dict[str, Any]) -> Table:
-    """One row per hospital, then all together."""
+    """The student, one row per hospital, then all together, and its teacher beside it."""
     table = Table(title=f"{summary['study']}: test patients, exact scores (simulation only)")
-    table.add_column("hospital", no_wrap=True)
     measures = measures_in(summary)
-    for heading in ("train ≈", "test", *model_headings(measures)):
+    table.add_column("student", no_wrap=True)
+    for heading in ("train ≈", "test", *(one.title for one in measures)):
         table.add_column(heading, justify="right")
     for row in summary["hospitals"]:
-        table.add_row(*_cells(row, measures))
+        table.add_row(*_cells(row, measures, "student"))
     table.add_section()
-    table.add_row(*_cells(summary["all"], measures), style="bold")
+    everybody = summary["all"]
+    table.add_row(*_cells(everybody, measures, "student"), style="bold")
+    table.add_row(*_cells(everybody | {"hospital": TEACHER_ROW}, measures, "teacher"))
     return table
 
 
-def _cells(row: dict[str, Any], measures: Sequence[Measure]) -> list[str]:
+def _cells(row: Mapping[str, Any], measures: Sequence[Measure], role: Role) -> list[str]:
     return [
         row["hospital"],
         str(row["declared_patients"]),
         str(row["test_patients"]),
-        *model_cells(row, measures),
+        *model_cells(row, measures, role),
     ]
 
 
-def model_headings(measures: Sequence[Measure]) -> list[str]:
-    """Above what ``model_cells`` gives."""
-    return [f"{role} {one.title}" for one in measures for role in _ROLES]
-
-
-def model_cells(row: Mapping[str, Any], measures: Sequence[Measure]) -> list[str]:
-    """Teacher and student of one row of a summary, measure by measure."""
-    return [number(row[role][one.key]) for one in measures for role in _ROLES]
+def model_cells(row: Mapping[str, Any], measures: Sequence[Measure], role: Role) -> list[str]:
+    """The figures of one model in one row of a summary."""
+    return [number(row[role][one.key]) for one in measures]
 
 
 def released_words(summary: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from server.store import RunFolder
 from simulations.comparison import CurvePoint
 from simulations.cost import measured_stages, model_costs, ratios
 from simulations.cost_words import cost_section
-from simulations.display import model_cells, model_headings, released_words
+from simulations.display import TEACHER_ROW, Role, model_cells, released_words
 from simulations.evaluation import finished_models, round_curve, score, together
 from simulations.markup import Content, Html, data_table, element, listed, note, page, paragraph
 from simulations.markup import section as part
@@ -44,6 +44,7 @@ from simulations.report_sections import (
 from simulations.scenario_words import scenario_section
 from simulations.simulate import load_hospitals
 from simulations.summary import summarise
+from simulations.tables import titles
 
 _ONE_RUN = (
     "One run with one seed says nothing of chance: another split, another start and other noise "
@@ -65,6 +66,7 @@ def write_run_report(run_folder: Path) -> Path:
     summary, measures = summarise(run), measures_of(study)
     rows = sorted(summary["hospitals"], key=lambda row: _worst_first(row, measures[0]))
     sizes = {row["hospital"]: f"≈ {row['declared_patients']}" for row in summary["hospitals"]}
+    everybody = summary["all"]
     tested = {row["hospital"]: row["test_patients"] for row in rows}
     text = page(
         f"{study.name}: one run",
@@ -74,9 +76,12 @@ def write_run_report(run_folder: Path) -> Path:
         part(
             "Hospital by hospital",
             data_table(
-                "Exact scores at each hospital's own test patients, worst first",
-                ("hospital", "tests on", *model_headings(measures)),
-                [_run_row(row, measures) for row in [*rows, summary["all"]]],
+                "Exact scores of the student at each hospital's own test patients, worst first",
+                ("hospital", "tests on", *titles(measures)),
+                [
+                    *(_run_row(row, measures, "student") for row in [*rows, everybody]),
+                    _run_row(everybody | {"hospital": TEACHER_ROW}, measures, "teacher"),
+                ],
             ),
             *_run_released(summary),
             note(f"{missing_note(measures)} {direction_note(measures)}".strip()),
@@ -148,8 +153,8 @@ def _worst_first(row: dict[str, Any], measure: Measure) -> tuple[bool, float]:
     return worst_key(measure, math.nan if value is None else value)
 
 
-def _run_row(row: dict[str, Any], measures: Sequence[Measure]) -> tuple[str, ...]:
-    return row["hospital"], str(row["test_patients"]), *model_cells(row, measures)
+def _run_row(row: dict[str, Any], measures: Sequence[Measure], role: Role) -> tuple[str, ...]:
+    return row["hospital"], str(row["test_patients"]), *model_cells(row, measures, role)
 
 
 def _run_released(summary: dict[str, Any]) -> list[Html]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from common.study import Study
@@ -58,18 +59,9 @@ def scenario_section(study: Study, summary: Mapping[str, Any]) -> list[Html]:
             "Line, time and scenario",
             listed([*scenario_lines(summary), *_told(study)]),
             data_table(
-                "Round by round: measured bytes of all hospitals, forecast time",
+                "Round by round: measured bytes of all hospitals in each, forecast time",
                 ("round", "time", "to hospitals", "from hospitals", *map(_FATES.get, fates)),  # type: ignore[arg-type]
-                [
-                    (
-                        f"{STAGES.get(one['stage'], one['stage'])} {one['round']}",
-                        time_words(one["duration_s"]),
-                        bytes_words(one["bytes_down"]),
-                        bytes_words(one["bytes_up"]),
-                        *(str(one[key]) for key in fates),
-                    )
-                    for one in found["rounds"]
-                ],
+                list(_round_rows(found["rounds"], fates)),
             ),
             data_table(
                 "Hospital by hospital: measured bytes of the whole run",
@@ -86,6 +78,25 @@ def scenario_section(study: Study, summary: Mapping[str, Any]) -> list[Html]:
             ),
         )
     ]
+
+
+def _round_rows(
+    rounds: Sequence[Mapping[str, Any]], fates: Sequence[str]
+) -> Iterator[tuple[str, ...]]:
+    """A row for each round, or for several in turn that look alike."""
+
+    def look(one: Mapping[str, Any]) -> tuple[str, ...]:
+        return (
+            STAGES.get(one["stage"], one["stage"]),
+            time_words(one["duration_s"]),
+            bytes_words(one["bytes_down"]),
+            bytes_words(one["bytes_up"]),
+            *(str(one[key]) for key in fates),
+        )
+
+    for (stage, *cells), alike in groupby(rounds, key=look):
+        first, *_, last = [one["round"] for one in alike] * 2
+        yield (f"{stage} {first}" if first == last else f"{stage} {first} to {last}", *cells)
 
 
 def _forecast_words(found: Mapping[str, Any]) -> str:

@@ -295,7 +295,7 @@ def test_a_run_in_words() -> None:
     console = Console(width=110, file=io.StringIO())
     console.print(run_table(summary))
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for words in ("teacher dose error", "student dose error", "1500.0", "12.50", "—"):
+    for words in ("dose error", "all (teacher)", "1500.0", "12.50", "—"):
         assert words in text
     lines = closing_lines(summary)
     assert any("dose error 3.000 (−1.000 to 7.000)" in line for line in lines)
