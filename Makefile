@@ -8,7 +8,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help install demo test check lint types imports doctests clean
+.PHONY: help install demo test deployed others check lint types imports doctests clean
 
 help:
 	@echo "make demo     install, then run one whole study on real patients (under two minutes)"
@@ -30,12 +30,18 @@ install: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/consilium simulate deploy/examples/wisconsin.toml --run runs/demo --replace
 
-# Tests of whole deployments keep time and mostly wait: one after another, once nothing else runs.
+# Tests of whole deployments mostly wait, and keep time: two federations go on beside the other
+# tests, which give way to them. Ctrl-C ends both.
 DEPLOYED := $(wildcard tests/e2e/test_deploy*.py)
 JOBS ?= 2
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses $(JOBS) $(DEPLOYED:%=--ignore=%)
-	$(BIN)/python -m pytest $(DEPLOYED)
+	+$(MAKE) --no-print-directory --jobs 2 deployed others
+
+deployed: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(DEPLOYED)
+
+others: $(VENV)/.installed-dev
+	nice -n 5 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(DEPLOYED:%=--ignore=%)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

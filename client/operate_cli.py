@@ -276,7 +276,6 @@ def _decide(
     ask: bool,
     as_json: bool,
 ) -> None:
-    from client.describe import describe_study, study_lines
     from client.studies import decide, find_study
     from common.auditlog import utc_now
 
@@ -284,6 +283,8 @@ def _decide(
         trouble = _sync(folder, safe, member)
         place = find_study(folder, word)
         if ask:
+            from client.describe import describe_study, study_lines
+
             typer.echo("\n".join(study_lines(describe_study(folder, place, safe, utc_now()))))
             typer.confirm("Let this study in?", abort=True)
         answer = decide(

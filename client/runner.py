@@ -25,6 +25,7 @@ from flwr.clientapp import ClientApp
 from client.app import build_client_app
 from client.hospital import open_hospital
 from common.flower_tasks import ClientTask, Endpoint, RunNotRunningException, TaskQueue
+from common.learning.layers import opacus_rules
 from common.supervise import end_with_parent
 
 _logger = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ def main() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("flwr").propagate = False  # it writes for itself, in colours
     run = given.folder / "run"
+    opacus_rules()  # here once, not in each message's process
     app = build_client_app(lambda _context, digest: open_hospital(given.folder, digest))
     endpoint = Endpoint(given.address, (run / "loopback-ca.pem").read_bytes())
     sys.exit(Runner(endpoint, (run / "superexec.secret").read_bytes(), app).run())

@@ -13,10 +13,10 @@ Three ways to get a record's norm in a layer, each exact or rounded *up*, never 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from opacus import GradSampleModule
 from torch import Tensor, nn
 
 from common.learning.capture import LayerCall, LayerGradient
@@ -51,9 +51,18 @@ def _rule(call: LayerCall) -> dict[nn.Parameter, Tensor]:
         return {layer.weight: each.sum(dim=tuple(between)) if between else each}
     if isinstance(layer, nn.Linear) and call.inputs.dim() == 3:
         return _linear_gradients(call)
-    rule = GradSampleModule.GRAD_SAMPLERS[type(layer)]
-    gradients: dict[nn.Parameter, Tensor] = rule(layer, [call.inputs], derivative)
+    gradients: dict[nn.Parameter, Tensor] = opacus_rules()[type(layer)](
+        layer, [call.inputs], derivative
+    )
     return gradients
+
+
+def opacus_rules() -> dict[type[nn.Module], Callable[..., Any]]:
+    """Opacus's rules by kind of layer; loaded with the first model that needs one."""
+    from opacus import GradSampleModule  # noqa: PLC0415 (three seconds, and no MLP needs it)
+
+    rules: dict[type[nn.Module], Callable[..., Any]] = GradSampleModule.GRAD_SAMPLERS
+    return rules
 
 
 def _linear_gradients(call: LayerCall) -> dict[nn.Parameter, Tensor]:

@@ -88,7 +88,7 @@ def initialise(module: nn.Module, *, seed: int) -> None:
 def _drawing(seed: int) -> Iterator[None]:
     """What a network draws for itself, for layers that ``initialise`` does not know."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield
 
 

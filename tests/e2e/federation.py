@@ -49,10 +49,11 @@ def ip(*arguments: str) -> None:
 
 def wait_for(found: Callable[[], Any], seconds: float, what: str) -> Any:
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while (began := time.monotonic()) < deadline:
         if value := found():
             return value
-        time.sleep(0.25)
+        # To look may take a command of its own: most of the machine is left to what is waited for.
+        time.sleep(max(0.25, 2 * (time.monotonic() - began)))
     raise AssertionError(f"did not happen within {seconds:.0f} s: {what}")
 
 

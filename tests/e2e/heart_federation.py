@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+import sqlite3
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from simulations.simulate import simulate
 from tests.e2e.federation import ROOT, Federation, federation, wait_for, why_not
 
 NOISE_SEED = 11
+ENTRIES = "SELECT COUNT(*) FROM entry"
+OF_STUDY = "json_extract(facts, '$.study_digest') = ?"
 NAMES = ["cleveland", "hungarian", "switzerland", "va"]
 DATA = Path(os.environ.get("CONSILIUM_DATA", ROOT.parent / "shared" / "data")) / "heart"
 
@@ -134,6 +137,38 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
         torch.testing.assert_close(tensor, theirs[name], atol=1e-6, rtol=1e-5, msg=name)
 
 
+def whole(seed: int) -> Study:
+    """A study of which no round counts without all four hospitals."""
+    return heart(seed, federation__minimum_hospitals=len(NAMES))
+
+
+def settled(fed: HeartFederation, study_id: str, study: Study, folder: Path) -> None:
+    """The ``whole`` study ended as if nothing had happened."""
+    fed.wait_finished(study_id, 300)
+    assert set(fed.hospitals_by_round(study_id)) == {len(NAMES)}
+    assert_equal(fed.student(study_id), simulated(study, folder / "simulated"))
+    covered(fed, study_id, study)
+
+
+def covered(fed: HeartFederation, study_id: str, study: Study) -> None:
+    """The ledgers hold at least every answer that the coordinator used."""
+    digest = as_deployed(study).digest()
+    rounds = fed.hospitals_by_round(study_id)
+    charged = [ledger_entries(fed, name, digest) for name in NAMES]
+    assert sum(charged) >= sum(rounds), (charged, rounds)
+
+
+def ledger_entries(fed: HeartFederation, name: str, digest: str) -> int:
+    """How many releases a hospital's ledger counts as spent on a study."""
+    return count(fed, name, f"{ENTRIES} WHERE {OF_STUDY}", digest)
+
+
+def count(fed: HeartFederation, name: str, query: str, digest: str) -> int:
+    path = fed.made.hospitals[name].folder / "ledger.db"
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)) as database:
+        return int(database.execute(query, (digest,)).fetchone()[0])
+
+
 @contextmanager
 def heart_federation(folder: Path, *, canary: str = "") -> Iterator[HeartFederation]:
     """Four hospitals joined and running, their data laid out as `consilium split` does.
@@ -144,7 +179,8 @@ def heart_federation(folder: Path, *, canary: str = "") -> Iterator[HeartFederat
     write_world(build_world(heart(0), DATA), laid_out, noise_seed=NOISE_SEED)
     with federation(folder, NAMES) as made:
         made.start_coordinator()
-        for name in NAMES:
+
+        def joins(name: str) -> None:
             host = made.enrol(name)
             source = laid_out / "hospitals" / name
             shutil.copy(source / "records.csv", host.folder / "records.csv")
@@ -157,6 +193,9 @@ def heart_federation(folder: Path, *, canary: str = "") -> Iterator[HeartFederat
             policy.write_text(policy.read_text().replace('trust = ["local"]', both))
             host.command("hospital", "policy", "sign", "--folder", str(host.folder))
             made.start_hospital(name)
+
+        with ThreadPoolExecutor() as operators:
+            list(operators.map(joins, NAMES))
         wait_for(lambda: made.status()["online"] == len(NAMES), 120, "all hospitals online")
         yield HeartFederation(made, folder)
 

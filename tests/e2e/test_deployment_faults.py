@@ -1,4 +1,4 @@
-"""What may die, hang or be cut off while four hospitals train; the study ends all the same.
+"""What may die, hang or be cut off at a hospital that trains; the study ends all the same.
 
 Each test offers a study of its own to one running federation. Where every round has all hospitals,
 the result is compared with an undisturbed simulation; the ledgers never hold fewer releases than
@@ -9,35 +9,32 @@ from __future__ import annotations
 
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
-from common.study import Study
 from tests.e2e.federation import COORDINATOR_IP, ROOT, wait_for
 from tests.e2e.heart_federation import (
+    ENTRIES,
     NAMES,
+    OF_STUDY,
     HeartFederation,
     as_deployed,
-    assert_equal,
+    count,
+    covered,
     heart,
     heart_federation,
     needs_federation,
-    simulated,
+    settled,
+    whole,
 )
 
 pytestmark = needs_federation
 
 FAKETIME = Path(f"/usr/lib/{os.uname().machine}-linux-gnu/faketime/libfaketime.so.1")
-ENTRIES = "SELECT COUNT(*) FROM entry"
-OF_STUDY = "json_extract(facts, '$.study_digest') = ?"
 
 
 @pytest.fixture(scope="module")
@@ -46,99 +43,10 @@ def fed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HeartFederation]:
         yield running
 
 
-def whole(seed: int) -> Study:
-    """A study of which no round counts without all four hospitals."""
-    return heart(seed, federation__minimum_hospitals=len(NAMES))
-
-
-def settled(fed: HeartFederation, study_id: str, study: Study, folder: Path) -> None:
-    """The ``whole`` study ended as if nothing had happened."""
-    fed.wait_finished(study_id, 300)
-    assert set(fed.hospitals_by_round(study_id)) == {len(NAMES)}
-    assert_equal(fed.student(study_id), simulated(study, folder / "simulated"))
-    covered(fed, study_id, study)
-
-
-def covered(fed: HeartFederation, study_id: str, study: Study) -> None:
-    """The ledgers hold at least every answer that the coordinator used."""
-    digest = as_deployed(study).digest()
-    rounds = fed.hospitals_by_round(study_id)
-    charged = [ledger_entries(fed, name, digest) for name in NAMES]
-    assert sum(charged) >= sum(rounds), (charged, rounds)
-
-
-def ledger_entries(fed: HeartFederation, name: str, digest: str) -> int:
-    """How many releases a hospital's ledger counts as spent on a study."""
-    return count(fed, name, f"{ENTRIES} WHERE {OF_STUDY}", digest)
-
-
 def unresolved(fed: HeartFederation, name: str, digest: str) -> int:
     """How many of them were reserved, and never released as far as the hospital knows."""
     missing = "LEFT JOIN release ON release.entry = entry.id"
     return count(fed, name, f"{ENTRIES} {missing} WHERE digest IS NULL AND {OF_STUDY}", digest)
-
-
-def count(fed: HeartFederation, name: str, query: str, digest: str) -> int:
-    path = fed.made.hospitals[name].folder / "ledger.db"
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)) as database:
-        return int(database.execute(query, (digest,)).fetchone()[0])
-
-
-@contextmanager
-def kept_down(fed: HeartFederation, part: str, seconds: float) -> Iterator[None]:
-    """Kill a coordinator's process whenever it comes back, for so long."""
-    until = time.monotonic() + seconds
-    fed.made.coordinator.kill(part)
-
-    def keep() -> None:
-        while time.monotonic() < until:
-            for pid, line in fed.made.coordinator.processes().items():
-                if part in line:
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-            time.sleep(0.2)
-
-    thread = threading.Thread(target=keep)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
-
-
-@pytest.mark.parametrize(("outage_s", "seed"), [(12, 101), (90, 102)])
-def test_the_superlink_is_killed_and_stays_away(
-    fed: HeartFederation, tmp_path: Path, outage_s: int, seed: int
-) -> None:
-    study = whole(seed)
-    study_id = fed.submit(study)
-    fed.wait_rounds(study_id, 1)
-    with kept_down(fed, "flower-superlink", outage_s):
-        pass
-    settled(fed, study_id, study, tmp_path)
-
-
-def test_the_conducting_process_is_killed(fed: HeartFederation, tmp_path: Path) -> None:
-    study = whole(103)
-    study_id = fed.submit(study)
-    fed.wait_rounds(study_id, 1)
-    runner = fed.made.coordinator.pid_of("server.runner")
-    conducting = wait_for(
-        lambda: Path(f"/proc/{runner}/task/{runner}/children").read_text().split(), 30, "a run"
-    )
-    os.kill(int(conducting[0]), signal.SIGKILL)
-    settled(fed, study_id, study, tmp_path)
-
-
-def test_the_coordinator_is_killed_and_goes_on_by_itself(
-    fed: HeartFederation, tmp_path: Path
-) -> None:
-    study = whole(104)
-    study_id = fed.submit(study)
-    fed.wait_rounds(study_id, 1)
-    fed.made.coordinator.crash()
-    fed.made.start_coordinator()
-    settled(fed, study_id, study, tmp_path)
 
 
 def test_a_supernode_is_killed_while_it_trains(fed: HeartFederation, tmp_path: Path) -> None:
@@ -208,23 +116,6 @@ def test_a_slow_line_with_gaps_is_only_slow(fed: HeartFederation, tmp_path: Path
         fed.made.start_hospital("switzerland")
         line.terminate()
         line.communicate(timeout=20)
-
-
-def test_the_coordinators_disk_fills_up_and_is_freed(fed: HeartFederation, tmp_path: Path) -> None:
-    study = whole(110)
-    study_id = fed.submit(study)
-    fed.wait_rounds(study_id, 1)
-    filler = fed.made.coordinator.folder.parent / "filler"
-    with filler.open("wb", buffering=0) as file, suppress(OSError):
-        while True:
-            file.write(bytes(2**16))
-    runner = fed.made.coordinator.folder / "logs" / "runner.log"
-    rounds, before = len(fed.run(study_id).metrics()), runner.stat().st_size
-    time.sleep(20)
-    assert len(fed.run(study_id).metrics()) <= rounds + 1
-    filler.unlink()
-    settled(fed, study_id, study, tmp_path)
-    assert "Traceback" not in runner.read_text()[before:]
 
 
 @pytest.mark.skipif(not FAKETIME.exists(), reason="needs libfaketime (Debian: faketime)")

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ import pandas as pd
 import pytest
 
 from common.errors import StudyError
+from common.plugins import OWN_CODE
 from common.study import load_study
+from tests.conftest import Done
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "own-task.md").read_text()
@@ -37,7 +40,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def consilium(folder: Path, *arguments: str, path: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def new_process(
+    folder: Path, *arguments: str, path: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "simulations.cli", *arguments],
         cwd=folder,
@@ -51,7 +56,7 @@ def consilium(folder: Path, *arguments: str, path: Path = ROOT) -> subprocess.Co
 
 def test_the_page_works_as_it_stands(folder: Path) -> None:
     assert len(block("python").strip().splitlines()) <= 75
-    done = consilium(folder, "simulate", "course.toml", "--noise-seed", "1", "--json")
+    done = new_process(folder, "simulate", "course.toml", "--noise-seed", "1", "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)["all"]["student"]
     assert set(figures) == {"pinball", "below"}
@@ -61,14 +66,14 @@ def test_the_page_works_as_it_stands(folder: Path) -> None:
     short = known - known.quantile(0.9)
     assert figures["pinball"] < 0.95 * np.maximum(0.9 * short, -0.1 * short).mean()
 
-    again = consilium(folder, "resume", "runs/course", "--json")
+    again = new_process(folder, "resume", "runs/course", "--json")
     assert json.loads(again.stdout)["all"]["student"] == figures
 
 
 def test_code_beside_a_study_is_for_simulations_only(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("CONSILIUM_OWN_CODE", raising=False)
+    monkeypatch.delenv(OWN_CODE, raising=False)
     with pytest.raises(StudyError, match="simulations only; install it as a package") as refused:
         load_study(folder / "course.toml")
     assert "\n" not in str(refused.value)
@@ -87,11 +92,11 @@ def test_an_installed_package_offers_both_by_name(folder: Path) -> None:
     study = (folder / "course.toml").read_text()
     study = study.replace("course:COURSE", "course").replace("course:GATED", "gated")
     (folder / "course.toml").write_text(study.replace("rounds = 40", "rounds = 1"))
-    done = consilium(folder, "simulate", "course.toml", "--json", path=package)
+    done = new_process(folder, "simulate", "course.toml", "--json", path=package)
     assert done.returncode == 0, done.stderr
 
     (folder / "course.toml").write_text(study.replace('task = "course"', 'task = "cuorse"'))
-    done = consilium(folder, "simulate", "course.toml", path=package)
+    done = new_process(folder, "simulate", "course.toml", path=package)
     assert done.returncode == 2
     assert "unknown task 'cuorse'; did you mean 'course'?" in done.stderr
 
@@ -106,10 +111,23 @@ def test_an_installed_package_offers_both_by_name(folder: Path) -> None:
         ("delta = 1e-5", "delta = 1e-5\n[evaluation]\nepsilon = 1.0", "nothing of an evaluation"),
     ],
 )
-def test_what_does_not_fit_is_one_line(folder: Path, old: str, new: str, says: str) -> None:
+def test_what_does_not_fit_is_one_line(
+    consilium: Callable[..., Done],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    old: str,
+    new: str,
+    says: str,
+) -> None:
+    monkeypatch.setenv(OWN_CODE, "")  # the command sets it for its process; here it is put back
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(folder)
     study = folder / "course.toml"
     study.write_text(study.read_text().replace(old, new))
-    done = consilium(folder, "simulate", "course.toml")
+    try:
+        done = consilium("simulate", study.name)
+    finally:
+        sys.modules.pop("course", None)
     assert done.returncode == 2
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 2, done.stderr  # what runs may be said before

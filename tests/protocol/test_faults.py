@@ -26,6 +26,7 @@ from simulations.fault_scheduler import Odds, Scheduler
 from simulations.faults import SeedResult, Simulator, render, run_seeds, simulator
 
 SEEDS = int(os.environ.get("CONSILIUM_FAULT_SEEDS", "10000"))
+PARTS = 8  # what runs the tests shares them out
 ROOT = Path(__file__).parents[2]
 
 
@@ -46,14 +47,25 @@ def first_caught(simulated: Simulator, words: str, seeds: range) -> SeedResult:
 
 
 @pytest.mark.timeout(900)
-def test_no_seed_breaks_an_invariant() -> None:
-    totals = run_seeds(range(1, SEEDS + 1), jobs=os.cpu_count() or 1)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_no_seed_breaks_an_invariant(part: int) -> None:
+    seeds = range(1 + SEEDS * part // PARTS, 1 + SEEDS * (part + 1) // PARTS)
+    totals = run_seeds(seeds)
     assert not totals.violations, totals.violations[0]
-    assert totals.seeds == SEEDS == totals.finished + totals.refused
+    assert totals.seeds == len(seeds) == totals.finished + totals.refused
     for kind in Odds.__dataclass_fields__:
         assert totals.faults[kind], kind
     assert totals.resumed
     assert totals.refused < totals.finished
+
+
+def test_the_parts_are_all_seeds_and_two_processes_find_what_one_finds() -> None:
+    starts = [1 + SEEDS * part // PARTS for part in range(PARTS + 1)]
+    assert (starts[0], starts[-1], starts) == (1, SEEDS + 1, sorted(starts))
+    seeds = range(90, 106)
+    one, two = (run_seeds(seeds, jobs=jobs, keep_traces=True) for jobs in (1, 2))
+    assert one.as_dict() == two.as_dict()
+    assert len(one.traces) == len(seeds)
 
 
 def test_whole_studies_on_a_real_disk_break_none() -> None:

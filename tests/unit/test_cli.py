@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,33 +15,10 @@ import pytest
 from common.errors import StudyError
 from simulations.cli import app, main
 from simulations.reference import command_reference, study_reference, walk
+from tests.conftest import Done
 
 ROOT = Path(__file__).resolve().parents[2]
 WISCONSIN = ROOT / "deploy" / "examples" / "wisconsin.toml"
-
-
-@dataclass(frozen=True)
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def consilium(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Done]:
-    """The command line in this process: what it printed and the exit code it ended with."""
-
-    def run(*arguments: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["consilium", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        printed = capsys.readouterr()
-        return Done(int(stop.value.code or 0), printed.out, printed.err)
-
-    return run
 
 
 def small_study(folder: Path, **replacements: str) -> Path:
