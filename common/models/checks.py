@@ -165,7 +165,7 @@ def _beside_others(model: nn.Module, made_up: Tensor) -> list[Tensor]:
     model.train()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for rows in ((0, 1), (0, 0)):
-            torch.default_generator.manual_seed(0)  # its own function seeds every device there is
+            torch.manual_seed(0)
             answers.append(model(made_up[list(rows)]))
     return answers
 

@@ -168,6 +168,14 @@ def test_select_prints_the_winner_and_its_price(
     assert "best of a random number of trials" in done.stdout
 
 
+def test_opacus_is_loaded_for_layers_that_need_its_rules_alone() -> None:
+    program = (
+        "import sys, client.daemon, server.runner, simulations.attacks, simulations.simulate\n"
+        "assert 'opacus' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
 def test_an_edited_statement_is_refused(consilium: Callable[..., Done], tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert consilium("simulate", small_study(tmp_path), "--run", run, "--json").returncode == 0
@@ -253,7 +261,8 @@ for command in (
         main()
     heavy = {"torch", "flwr", "sklearn", "pandas", "ray", "matplotlib"} & sys.modules.keys()
     assert not heavy, (command, heavy)
-import client.link, client.safe  # what a join with a good code runs
+# What a join with a good code runs, and an approval.
+import client.link, client.safe, client.studies, client.visits
 heavy = {"torch", "flwr", "sklearn", "pandas"} & sys.modules.keys()
 assert not heavy, heavy
 """
