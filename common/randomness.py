@@ -84,7 +84,7 @@ def normal_blocks(
     """The same times ``std``, block by block, with the place of each; memory is used again.
 
     Blocks stay in the processor's cache, each step is in place, and logarithm, sine and cosine are
-    torch's vectorised ones. On a busy core a draw takes 11 ns, of which 3 are AES; in blocks of a
+    torch's vectorised ones. On a busy core a draw takes 12 ns, of which 3 are AES; in blocks of a
     quarter, where calls count, 15; with an array for each step 19.
     """
     width = min(count, _WIDTH)
