@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, TypeVar
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load
 
 from common.errors import MessageError
 from common.wire import from_parts, to_parts
@@ -24,11 +30,35 @@ def pack(message: Any) -> RecordDict:
     Flower's own serialisation would wrap it in a numpy file and copy it twice.
     """
     values, arrays = to_parts(message)
-    block = {}
+    block = ArrayRecord()
     if arrays:
-        data = save(arrays)
+        data = serialised(arrays)
+        # Set, not given to the constructor, which would make every Array anew.
         block[_TENSORS] = Array("uint8", (len(data),), _TENSORS_TYPE, data)
-    return RecordDict({"values": ConfigRecord(dict(values)), "arrays": ArrayRecord(block)})
+    return RecordDict({"values": ConfigRecord(dict(values)), "arrays": block})
+
+
+def serialised(arrays: Mapping[str, NDArray[np.float32]]) -> bytes:
+    """``arrays`` as safetensors, byte for byte what its ``save`` writes, in a single copy.
+
+    The messages of a round have one layout, and with it one header.
+    """
+    names = sorted(arrays)
+    header = _header(tuple((name, arrays[name].shape) for name in names))
+    return b"".join([header, *(arrays[name].data for name in names)])
+
+
+@lru_cache(maxsize=256)
+def _header(layout: tuple[tuple[str, tuple[int, ...]], ...]) -> bytes:
+    """What safetensors writes before the numbers of float32 arrays, of these names and shapes."""
+    entries, start = {}, 0
+    for name, shape in layout:
+        stop = start + 4 * math.prod(shape)
+        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": (start, stop)}
+        start = stop
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def unpack(kind: type[Message], content: RecordDict) -> Message:

@@ -197,7 +197,10 @@ def to_parts(message: Any) -> tuple[dict[str, Plain], dict[str, NDArray[Any]]]:
 def from_parts(
     kind: type[Message], values: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
 ) -> Message:
-    """The message of ``kind``; raises MessageError on anything missing, foreign or not finite."""
+    """The message of ``kind``; raises MessageError on anything missing, foreign or not finite.
+
+    Its tensors take over the arrays' memory.
+    """
     types = {"str": str, "int": int, "float": float, "bool": bool, "bytes": bytes}
     built: dict[str, Any] = {}
     plain: set[str] = set()
@@ -233,6 +236,8 @@ def from_parts(
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
+    if tensor.dtype is not torch.float32:
+        raise ValueError(f"messages hold float32, found {tensor.dtype}")
     return np.ascontiguousarray(tensor.detach().numpy())
 
 
@@ -241,4 +246,4 @@ def _tensor(kind: type, name: str, array: NDArray[Any]) -> Tensor:
         raise MessageError(f"{kind.__name__}: array {name!r} expected float32, found {array.dtype}")
     if not np.isfinite(array).all():
         raise MessageError(f"{kind.__name__}: array {name!r} holds values that are not finite")
-    return torch.from_numpy(array.copy())
+    return torch.from_numpy(array)

@@ -321,7 +321,7 @@ def _private(round_: Round, lanes: Sequence[Lane]) -> Gradient:
             sums = engine.clipped_sums(
                 batch.inputs, batch.targets, batch.owners, batch.units, plan, batch.present
             )
-        return plan.noised_each(sums, streams).div_(expected)
+        return plan.noised_each_(sums, streams).div_(expected)
 
     return gradient
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 from flwr.app import Error, Message
@@ -115,15 +116,15 @@ class Scene:
         self.traffic.tidy()
         return {"forecast": forecast(self.traffic.exchanges.values(), self._spec.network)}
 
-    @property
+    @cached_property
     def _spec(self) -> ScenarioSpec:
         return scenario_of(self.study)
 
-    @property
+    @cached_property
     def _clock(self) -> Clock:
         return Clock(self.study.seed, self._spec.network, self._spec.stragglers)
 
-    @property
+    @cached_property
     def _deadline_s(self) -> float:
         stragglers = self._spec.stragglers
         given = stragglers.deadline_s if stragglers else None

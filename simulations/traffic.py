@@ -11,7 +11,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -221,7 +221,8 @@ def _round(stage: str, number: int, each: list[Exchange]) -> dict[str, Any]:
 
 
 def _line(exchange: Exchange) -> str:
-    return json.dumps(asdict(exchange)) + "\n"
+    visits = {name: vars(visit) for name, visit in exchange.visits.items()}
+    return json.dumps({**vars(exchange), "visits": visits}) + "\n"
 
 
 def _parsed(line: Mapping[str, Any]) -> Exchange:

@@ -1,6 +1,6 @@
 """Clip, sum, noise: the only road by which patients' data become a release.
 
-Every function is pure and takes its randomness as an argument.
+Every function takes its randomness as an argument, and is pure unless its name ends in ``_``.
 """
 
 from __future__ import annotations
@@ -60,25 +60,18 @@ def clip_sum(contributions: Tensor, clip_norm: float) -> Tensor:
 
 def add_gaussian(total: Tensor, stream: Stream, noise_std: float) -> Tensor:
     """``total`` [d] plus independent N(0, ``noise_std``²) in every coordinate."""
-    return add_gaussians(total[None], [stream], noise_std)[0]
+    return add_gaussians_(total[None].clone(), [stream], noise_std)[0]
 
 
-def add_gaussians(totals: Tensor, streams: Sequence[Stream], noise_std: float) -> Tensor:
-    """``totals`` [K, d], each with the noise of its own stream.
+def add_gaussians_(totals: Tensor, streams: Sequence[Stream], noise_std: float) -> Tensor:
+    """Adds the noise of its own stream to each of ``totals`` [K, d], in place.
 
     The noise is drawn and added in float64 and only then rounded to the precision of ``totals``:
     rounding the noised value is post-processing, whereas noise drawn in float32 has gaps that
     single out some inputs (Mironov 2012).
     """
-    noised = torch.empty_like(totals)
-    exact, released = totals.numpy(), noised.numpy()
-    room = np.empty(0)
-    for rows, columns, noise in normal_blocks(streams, totals.shape[1]):
-        if room.size < noise.size:
-            room = np.empty(noise.size)
-        wide = room[: noise.size].reshape(noise.shape)
-        np.copyto(wide, exact[rows, columns])  # numpy adds numbers of one precision faster
-        np.multiply(noise, noise_std, out=noise)
-        np.add(noise, wide, out=noise)
+    released = totals.numpy()
+    for rows, columns, noise in normal_blocks(streams, totals.shape[1], noise_std):
+        np.add(noise, released[rows, columns], out=noise)
         np.copyto(released[rows, columns], noise, casting="same_kind")
-    return noised
+    return totals

@@ -19,7 +19,7 @@ from common.errors import PrivacyError
 from common.privacy.accounting import GaussianEvent
 from common.privacy.mechanisms import (
     add_gaussian,
-    add_gaussians,
+    add_gaussians_,
     clip_factors,
     clip_sum,
     poisson_sample,
@@ -96,9 +96,9 @@ class StepPlan:
         """The releasable sum [d]: ``total`` plus this step's noise."""
         return add_gaussian(total, stream, self.noise_std)
 
-    def noised_each(self, totals: Tensor, streams: Sequence[Stream]) -> Tensor:
-        """The releasable sums [K, d] of K hospitals, each with noise of its own."""
-        return add_gaussians(totals, streams, self.noise_std)
+    def noised_each_(self, totals: Tensor, streams: Sequence[Stream]) -> Tensor:
+        """``totals`` [K, d] made the releasable sums of K hospitals, each with noise of its own."""
+        return add_gaussians_(totals, streams, self.noise_std)
 
 
 def combine_records(gradients: Tensor, owners: Tensor, units: int) -> Tensor:

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from client import rounds, training
@@ -19,7 +21,7 @@ from client.hospital import Hospital
 from common import wire
 from common.errors import MessageError, RefusalError
 from common.features import FeatureMap, range_scaling, scaling_tensor
-from common.flower import pack, unpack
+from common.flower import pack, serialised, unpack
 from common.study import Study
 from common.wire import (
     AggregateReply,
@@ -257,10 +259,36 @@ def test_records_of_another_form_are_refused() -> None:
 
 
 def test_an_unpacked_array_belongs_to_its_receiver() -> None:
-    values, arrays = parts()
-    built = from_parts(TrainReply, values, arrays)
-    built.update[0] = 9
-    assert arrays["update"][0] == 1
+    update = torch.ones(3)
+    content = pack(TrainReply(hospital="n", stage="finetune", round=1, update=update))
+    unpack(TrainReply, content).update[0] = 9
+    update[0] = 7
+    assert unpack(TrainReply, content).update.tolist() == [1, 1, 1]
+
+
+LAYOUTS = st.dictionaries(
+    st.text(max_size=8),
+    st.lists(st.integers(0, 3), max_size=3),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(LAYOUTS, st.integers(0, 9))
+def test_arrays_are_serialised_as_the_library_does_it(
+    layout: dict[str, list[int]], seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    arrays = {
+        name: generator.standard_normal(shape).astype(np.float32) for name, shape in layout.items()
+    }
+    for _ in range(2):  # with a header made for these, and with one that is there
+        assert serialised(arrays) == save(arrays)
+
+
+def test_other_numbers_than_float32_are_not_sent() -> None:
+    with pytest.raises(ValueError, match="float32"):
+        pack(EvaluateReply(hospital="n", histogram=torch.zeros(2, 2, dtype=torch.float64)))
 
 
 def _calls(tree: ast.AST) -> list[ast.Call]:
