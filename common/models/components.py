@@ -43,4 +43,5 @@ class Components(nn.Module):
         """Codes of norm 1 (of the centre itself: 0)."""
         found: Tensor = self.along(inputs[:, : self.count])
         norms = torch.linalg.vector_norm(found, dim=1, keepdim=True)
-        return found / norms.clamp(min=1e-6)
+        codes: Tensor = found / norms.clamp(min=1e-6)
+        return codes

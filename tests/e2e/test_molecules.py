@@ -49,7 +49,11 @@ def few(tmp_path: Path) -> Path:
 
 
 def example(name: str, **changes: Any) -> Study:
-    return load_study(EXAMPLES / f"{name}.toml").revised(**{**SMALL, **changes})
+    study = load_study(EXAMPLES / f"{name}.toml")
+    small = {**SMALL, **changes}
+    if study.teacher.kind == "components" and "teacher" not in changes:
+        small["pretrain__steps"] = 0
+    return study.revised(**small)
 
 
 def test_a_secure_sum_of_sites_learns_classes(few: Path) -> None:
