@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from common.dictionary import Column
 from common.errors import DataError
 from common.molecules import LONGEST, atom_count, check_rdkit, compound
+from common.smiles import pieces
 from common.sources import ColumnMapping
 from common.text import tokeniser_of
 from common.units import Conversion, conversion
@@ -268,7 +269,8 @@ def bucket_of(column: Column, code: str) -> int:
 class MoleculeReading:
     """Compounds as canonical SMILES (bytes; see ``molecules.compound``), empty where unreadable.
 
-    ``unmapped`` counts what is no structure, ``out_of_range`` what has more atoms than its graph.
+    ``unmapped`` counts what is no structure, ``out_of_range`` what has more atoms or tokens
+    than are read.
     """
 
     def __init__(self, column: Column, mapping: ColumnMapping) -> None:
@@ -283,7 +285,10 @@ class MoleculeReading:
         found = ["" if key in self._absent else compound(key) for key in keys]
         unread = np.array([not one for one in found], bool)
         odd = unread & np.array([key not in self._absent for key in keys], bool)
-        large = np.array([0 < self._column.atoms < atom_count(one) for one in found], bool)
+        atoms, tokens = self._column.atoms, self._column.tokens
+        large = np.array(
+            [0 < atoms < atom_count(one) or 0 < tokens < len(pieces(one)) for one in found], bool
+        )
         counts = self._counts
         if keys:
             counts.missing += int(unread[codes].sum())

@@ -39,7 +39,8 @@ class Column(Strict):
     are, padding among them. ``tokenizer``: the file ``tokenizer.json`` of a pre-trained model; left
     out, words are hashed into the vocabulary.
     ``bits``: length of a molecule's fingerprint. ``atoms``: the most atoms of its graph, for
-    networks of ``kind = "graph"``.
+    networks of ``kind = "graph"``. ``tokens``: the most tokens of its SMILES, for networks of
+    ``kind = "transformer"``.
     """
 
     name: str = Field(min_length=1)
@@ -61,6 +62,7 @@ class Column(Strict):
     keep: Count | None = None
     bits: Annotated[int, Field(ge=16, le=16384)] = 1024
     atoms: Annotated[int, Field(ge=0, le=512)] = 0
+    tokens: Annotated[int, Field(ge=0, le=512)] = 0
 
     @model_validator(mode="after")
     def _kind_has_its_fields(self) -> Self:

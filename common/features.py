@@ -20,6 +20,7 @@ from torch import Tensor
 from common.dictionary import Column, Dictionary
 from common.errors import MessageError
 from common.molecules import Layout
+from common.smiles import VOCABULARY
 from common.tables import Table
 
 # Inputs are held within this many standard deviations, so that one implausible value cannot
@@ -230,11 +231,15 @@ class FeatureMap:
     def molecule(self) -> Layout | None:
         """Where a molecule's inputs lie; None for other records."""
         column = self.dictionary.columns[0]
-        return Layout(column.bits, column.atoms) if column.kind == "molecule" else None
+        if column.kind != "molecule":
+            return None
+        return Layout(column.bits, column.atoms, column.tokens)
 
     @property
     def text_shape(self) -> tuple[int, int] | None:
-        """Length and vocabulary of texts in tokens, None for others."""
+        """Length and vocabulary in tokens of texts and SMILES; None where none are read."""
+        if self.molecule is not None:
+            return (self.molecule.tokens, VOCABULARY) if self.molecule.tokens else None
         text = self.dictionary.text
         if text is None:
             return None
@@ -243,7 +248,7 @@ class FeatureMap:
 
     def groups(self) -> list[slice]:
         """The input positions of each column, in order; masking hides whole columns. Of a molecule
-        each number before its graph stands for itself."""
+        each number before graph and tokens stands for itself."""
         if self.molecule is not None:
             return [slice(one, one + 1) for one in range(self.molecule.numbers)]
         slices, start = [], 0
@@ -256,7 +261,7 @@ class FeatureMap:
     @property
     def numbers(self) -> int:
         """How many of a record's inputs, the first, mean something by themselves: all of a
-        table's, a molecule's without its graph."""
+        table's, a molecule's without graph and tokens."""
         return self.width if self.molecule is None else self.molecule.numbers
 
     @property

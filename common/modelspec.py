@@ -26,6 +26,19 @@ class MlpSpec(Strict):
     skip: bool = False
 
 
+class ComponentsSpec(Strict):
+    """Principal components of the public records, for tables and the fingerprints of molecules; a
+    teacher only. Nothing is trained before the patients come: ``pretrain.steps = 0``.
+
+    ``width``: how many components.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ("table", "molecule")
+
+    kind: Literal["components"]
+    width: Count = 192
+
+
 class CnnSpec(Strict):
     """Convolutions, for images. ``hidden``: channels of each halving stage; a teacher's last is
     the width of its code."""
@@ -70,12 +83,13 @@ class GraphSpec(Strict):
 
 
 class TransformerSpec(Strict):
-    """Attention over tokens, for texts; trained from nothing.
+    """Attention over tokens, for texts and for the SMILES of molecules, which need the column's
+    ``tokens``; trained from nothing.
 
     ``layers``: 0 leaves a bag of words with learned embeddings of ``width`` numbers.
     """
 
-    reads: ClassVar[tuple[str, ...]] = ("text",)
+    reads: ClassVar[tuple[str, ...]] = ("text", "molecule")
 
     kind: Literal["transformer"]
     width: Count = 64
@@ -148,10 +162,20 @@ NO_DORA = (
 )
 
 
-_Spec = MlpSpec | CnnSpec | VitSpec | GraphSpec | TransformerSpec | PretrainedSpec | OwnSpec
+_Spec = (
+    MlpSpec
+    | ComponentsSpec
+    | CnnSpec
+    | VitSpec
+    | GraphSpec
+    | TransformerSpec
+    | PretrainedSpec
+    | OwnSpec
+)
 
 MODELS: tuple[type[_Spec], ...] = (
     MlpSpec,
+    ComponentsSpec,
     CnnSpec,
     VitSpec,
     GraphSpec,
@@ -162,6 +186,7 @@ MODELS: tuple[type[_Spec], ...] = (
 
 ModelSpec = Annotated[
     Annotated[MlpSpec, Tag("mlp")]
+    | Annotated[ComponentsSpec, Tag("components")]
     | Annotated[CnnSpec, Tag("cnn")]
     | Annotated[VitSpec, Tag("vit")]
     | Annotated[GraphSpec, Tag("graph")]

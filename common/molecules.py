@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.readers import needed
+from common.smiles import token_ids
 
 LONGEST = 512
 """Characters of the longest SMILES that is read; longer ones are no small molecules."""
@@ -55,33 +56,39 @@ ATOM_NUMBERS = 1 + len(_ELEMENTS) + 1 + len(_DEGREES) + len(_HYDROGENS) + len(_C
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a molecule's inputs lie: fingerprint, descriptors, then its graph.
+    """Where a molecule's inputs lie: fingerprint, descriptors, then its graph, then its tokens.
 
     ``bits``: length of the fingerprint. ``atoms``: the most atoms of a graph; 0 for no graph.
+    ``tokens``: the most tokens of its SMILES; 0 for none.
     """
 
     bits: int
     atoms: int
+    tokens: int = 0
 
     @property
     def numbers(self) -> int:
-        """Inputs before the graph."""
+        """Inputs before graph and tokens."""
         return self.bits + DESCRIPTORS
 
     @property
     def width(self) -> int:
         """All inputs."""
-        return self.numbers + self.atoms * (ATOM_NUMBERS + self.atoms)
+        return self.numbers + self.atoms * (ATOM_NUMBERS + self.atoms) + self.tokens
 
     def encode(self, compounds: Sequence[str]) -> NDArray[np.float32]:
         """[rows, width]: log(1 + count), descriptors, atoms [atoms, ATOM_NUMBERS], bonds
-        [atoms, atoms]; of a larger molecule the first atoms in the order of its SMILES."""
+        [atoms, atoms], ids of tokens; of a larger molecule the first atoms and tokens in the order
+        of its SMILES."""
+        end = self.width - self.tokens
         inputs = np.zeros((len(compounds), self.width), dtype=np.float32)
         for row, one in enumerate(compounds):
             inputs[row, : self.bits] = np.log1p(fingerprint(one, self.bits).astype(np.float32))
             inputs[row, self.bits : self.numbers] = descriptors(one)
             if self.atoms:
-                inputs[row, self.numbers :] = self._graph(one)
+                inputs[row, self.numbers : end] = self._graph(one)
+            if self.tokens:
+                inputs[row, end:] = token_ids(one, self.tokens)
         return inputs
 
     def _graph(self, compound: str) -> NDArray[np.float32]:

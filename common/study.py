@@ -19,7 +19,15 @@ from pydantic import Field, model_validator
 
 from common.dictionary import Dictionary
 from common.errors import StudyError
-from common.modelspec import MODELS, LoraSpec, MlpSpec, ModelSpec, PretrainedSpec, kind_of
+from common.modelspec import (
+    MODELS,
+    ComponentsSpec,
+    LoraSpec,
+    MlpSpec,
+    ModelSpec,
+    PretrainedSpec,
+    kind_of,
+)
 from common.privacy.units import PrivacyUnit, Relation, Trust
 from common.scenario import check_scenario, column_named
 from common.simulation import SimulationSpec
@@ -362,12 +370,17 @@ class Study(Strict):
 
     def _check_molecules(self) -> None:
         column = self.dictionary.columns[0]
-        if "graph" in (self.teacher.kind, self.student.kind) and not column.atoms:
-            raise ValueError(
-                f"kind = 'graph' needs atoms = N, the most atoms of a graph, in the "
-                f"[[dictionary.columns]] entry of {column.name!r}"
-            )
         if column.kind == "molecule":
+            kinds = (self.teacher.kind, self.student.kind)
+            for kind, field, size in (
+                ("graph", "atoms", column.atoms),
+                ("transformer", "tokens", column.tokens),
+            ):
+                if kind in kinds and not size:
+                    raise ValueError(
+                        f"kind = {kind!r} needs {field} = N, the most {field} that it reads of a "
+                        f"molecule, in the [[dictionary.columns]] entry of {column.name!r}"
+                    )
             return
         for key, found in (
             ("evaluation.split", self.evaluation.split),
@@ -392,10 +405,16 @@ class Study(Strict):
                 f"pretrain.steps = 0 and finetune.trainable 'head' or 'lora', found "
                 f"{self.pretrain.steps} and {self.finetune.trainable!r}"
             )
-        if isinstance(self.student, PretrainedSpec):
+        if isinstance(self.teacher, ComponentsSpec) and self.pretrain.steps > 0:
             raise ValueError(
-                "student.kind: 'pretrained' is for teachers, a student is small; did you mean "
-                "'transformer'?"
+                f"teacher.kind = 'components' is worked out from the public records, not trained "
+                f"on them: expected pretrain.steps = 0, found {self.pretrain.steps}"
+            )
+        if isinstance(self.student, PretrainedSpec | ComponentsSpec):
+            fitting = "transformer" if isinstance(self.student, PretrainedSpec) else "mlp"
+            raise ValueError(
+                f"student.kind: {self.student.kind!r} is for teachers, a student is small; did you "
+                f"mean {fitting!r}?"
             )
         return self
 

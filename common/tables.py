@@ -313,7 +313,7 @@ def _molecule_problems(report: ColumnReport, rows: int) -> list[str]:
         )
     if report.out_of_range:
         found.append(
-            f"{report.name}: {report.out_of_range} molecules have more atoms than the dictionary's "
-            f"atoms; their graphs are cut"
+            f"{report.name}: {report.out_of_range} molecules have more atoms or tokens than the "
+            f"dictionary's atoms and tokens; what is behind is cut"
         )
     return found

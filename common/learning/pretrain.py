@@ -16,6 +16,7 @@ from common.features import FeatureMap
 from common.learning.gradients import batch_gradient
 from common.learning.loop import run
 from common.models import Teacher, initialise
+from common.models.components import Components
 from common.models.lora import uncorrected
 from common.models.pretrained import PinnedEncoder
 from common.models.transformer import TokenEncoder, longest
@@ -33,12 +34,15 @@ def pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tenso
     """Train ``teacher``'s encoder in place on ``corpus`` [rows, …]; the final loss on held rows.
 
     The decoder serves only here and is thrown away. An encoder that comes trained only takes the
-    centre of the corpus; its loss is NaN.
+    centre of the corpus, components are worked out: their loss is NaN.
     """
     teacher.to(here().device)
     try:
         if isinstance(teacher.encoder, PinnedEncoder):
             teacher.encoder.centre_on(*beside(teacher, corpus))
+            return math.nan
+        if isinstance(teacher.encoder, Components):
+            teacher.encoder.fit(corpus)
             return math.nan
         with uncorrected(teacher.encoder):
             return _pretrain(study, teacher, features, corpus)
@@ -50,6 +54,7 @@ def _pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tens
     spec = study.pretrain
     encoder = teacher.encoder
     if isinstance(encoder, TokenEncoder):
+        corpus = encoder.tokens(corpus)
         decoder, hidden_loss = nn.Linear(teacher.width, encoder.hidden_id), _hidden_tokens
     else:
         decoder, hidden_loss = nn.Linear(teacher.width, corpus[0].numel()), _hidden_error
@@ -98,7 +103,7 @@ def mask_for(
     """True where an input is hidden: whole columns of a table, tokens, whole patches of an image,
     ``patch`` pixels on a side."""
     rows = len(batch)
-    if features.text_shape is not None:
+    if not batch.is_floating_point():
         return (torch.rand(batch.shape, generator=generator) < rate) & (batch != PADDING)
     if features.image_shape is None:
         mask = torch.zeros(batch.shape, dtype=torch.bool)

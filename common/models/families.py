@@ -11,6 +11,7 @@ from torch import nn
 from common import plugins
 from common.errors import StudyError
 from common.features import FeatureMap
+from common.models.components import Components
 from common.models.graphs import GraphEncoder
 from common.models.networks import First, image_encoder, image_student, table_encoder
 from common.models.pretrained import PinnedEncoder
@@ -47,6 +48,15 @@ def _mlp_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
     if features.numbers < features.width:
         encoder.insert(0, First(features.numbers))
     return encoder, spec.hidden[-1]
+
+
+def _components_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
+    if spec.width > features.numbers:
+        raise StudyError(
+            f"teacher.width: expected at most {features.numbers} components, as many as a record "
+            f"has inputs, found {spec.width}"
+        )
+    return Components(features.numbers, spec.width), spec.width
 
 
 def _graph_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
@@ -96,7 +106,8 @@ def _pretrained_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int
 
 def _no_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:  # noqa: ARG001
     raise StudyError(
-        "student.kind: 'pretrained' is for teachers; a student is small: 'transformer'"
+        "student.kind: 'pretrained' and 'components' are for teachers; a student is a small "
+        "network of another kind"
     )
 
 
@@ -104,6 +115,7 @@ _FAMILIES: Mapping[str, Family] = {
     "mlp": _like_its_teacher(_mlp_encoder),
     "cnn": Family(_cnn_encoder, _cnn_student),
     "vit": _like_its_teacher(_vit_encoder),
+    "components": Family(_components_encoder, _no_student),
     "graph": _like_its_teacher(_graph_encoder),
     "transformer": _like_its_teacher(_transformer_encoder),
     "pretrained": Family(_pretrained_encoder, _no_student),

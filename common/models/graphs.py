@@ -34,7 +34,7 @@ class GraphEncoder(nn.Module):
         most, start = self.layout.atoms, self.layout.numbers
         middle = start + most * ATOM_NUMBERS
         atoms = inputs[:, start:middle].reshape(-1, most, ATOM_NUMBERS)
-        order = inputs[:, middle : self.layout.width].reshape(-1, most, most)
+        order = inputs[:, middle : middle + most * most].reshape(-1, most, most)
         there = atoms[:, :, :1].clamp(0, 1)
         bonded = order.clamp(0, 1)
         # Means over the neighbours, by bond and by how much each bond is more than a single one.

@@ -12,7 +12,8 @@ from common.text import PADDING
 
 
 class TokenEncoder(nn.Module):
-    """Token ids [rows, T] → code [rows, width]: embeddings, blocks, and the mean over tokens.
+    """Records [rows, …], whose last inputs are ``length`` token ids → code [rows, width]:
+    embeddings, blocks, and the mean over tokens.
 
     ``layers = 0`` is a bag of words with learned embeddings. Ids run from 0 (padding) to
     ``vocabulary - 1``; ``hidden_id``, one beyond, stands for a token hidden in pre-training.
@@ -22,11 +23,16 @@ class TokenEncoder(nn.Module):
         super().__init__()
         self.hidden_id = vocabulary
         self.width = width
+        self.length = length
         self.record_numbers = activations(length=length, width=width, layers=layers, heads=heads)
         self.words = nn.Embedding(vocabulary + 1, width, padding_idx=PADDING)
         self.places = nn.Embedding(length, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
+
+    def tokens(self, inputs: Tensor) -> Tensor:
+        """The ids of records [rows, T]: all of a text's inputs, a molecule's last ones."""
+        return inputs[:, -self.length :].long()
 
     def states(self, tokens: Tensor) -> Tensor:
         """What each position holds after the last block: [rows, T, width]."""
@@ -39,8 +45,9 @@ class TokenEncoder(nn.Module):
             states = block(states, present)
         return self.norm(states)  # type: ignore[no-any-return]
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
         """The mean over the record's own tokens, of length about 1: it bounds a head's gradient."""
+        tokens = self.tokens(inputs)
         tokens = tokens[:, : longest(tokens)]
         return mean_of_tokens(self.states(tokens), tokens) / math.sqrt(self.width)
 

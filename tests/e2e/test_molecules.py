@@ -20,6 +20,7 @@ from common.sources import CsvSource
 from common.study import Study, load_study
 from common.tables import compounds_of, read_table
 from common.tensors import load_tensors
+from simulations.evaluation import finished_models
 from simulations.hospitals import build_world
 from simulations.partitions import partition
 from simulations.simulate import InProcess, simulate
@@ -32,7 +33,7 @@ EXAMPLES = ROOT / "deploy" / "examples"
 DATA = Path(os.environ.get("CONSILIUM_DATA", ROOT.parent / "shared" / "data")) / "molecules"
 FILES = {"bbbp": "BBBP.csv", "tox21": "tox21.csv.gz", "esol": "delaney-processed.csv"}
 ROWS = {"bbbp": 400, "tox21": 1000, "esol": 400}  # toxic compounds are few
-COLUMN = {"name": "smiles", "kind": "molecule", "optional": False, "bits": 128, "atoms": 24}
+COLUMN = {"name": "smiles", "kind": "molecule", "optional": False, "bits": 128}
 SMALL: dict[str, Any] = {"pretrain__steps": 30, "distill__steps": 150, "finetune__rounds": 20}
 
 
@@ -48,7 +49,11 @@ def few(tmp_path: Path) -> Path:
 
 
 def example(name: str, **changes: Any) -> Study:
-    return load_study(EXAMPLES / f"{name}.toml").revised(**{**SMALL, **changes})
+    study = load_study(EXAMPLES / f"{name}.toml")
+    small = {**SMALL, **changes}
+    if study.teacher.kind == "components" and "teacher" not in changes:
+        small["pretrain__steps"] = 0
+    return study.revised(**small)
 
 
 def test_a_secure_sum_of_sites_learns_classes(few: Path) -> None:
@@ -85,12 +90,41 @@ def test_sites_learn_a_number_and_release_how_well(few: Path, trust: str) -> Non
     assert len(released) == (1 if trust == "distributed" else 4)
 
 
-@pytest.mark.parametrize("kind", ["graph", "mlp"])
-def test_stacked_sites_learn_what_single_ones_do(few: Path, kind: str) -> None:
+TRANSFORMER = {"kind": "transformer", "width": 16, "layers": 1, "heads": 2}
+
+
+def test_a_transformer_over_smiles_teaches_a_bag_of_tokens(few: Path) -> None:
+    """A secure sum's guarantee, and a student that took over what its teacher says."""
     study = example(
         "bbbp",
-        dictionary__columns=[COLUMN],
-        teacher={"kind": kind, "hidden": [8, 8]},
+        dictionary__columns=[{**COLUMN, "tokens": 64}],
+        teacher=TRANSFORMER,
+        student={"kind": "transformer", "width": 8, "layers": 0, "heads": 1},
+        distill__steps=600,
+        distill__optimiser__learning_rate=1e-2,
+        evaluation__split="random",
+    )
+    run = simulate(study, few / "run", few, lambda _: None)
+    assert summarise(run)["guaranteed"]
+    world = build_world(study, few)
+    teacher, student, features = finished_models(run, study)
+    assert world.corpus is not None
+    inputs = features.encode(world.corpus)
+    with torch.no_grad():
+        said = torch.stack([teacher(inputs)[:, 0], student(inputs)[:, 0]])
+    assert torch.corrcoef(said)[0, 1] > 0.5
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [{"kind": "graph", "hidden": [8, 8]}, {"kind": "mlp", "hidden": [8, 8]}, TRANSFORMER],
+    ids=lambda teacher: teacher["kind"],
+)
+def test_stacked_sites_learn_what_single_ones_do(few: Path, teacher: dict[str, Any]) -> None:
+    study = example(
+        "bbbp",
+        dictionary__columns=[{**COLUMN, "atoms": 24, "tokens": 48}],
+        teacher=teacher,
         student={"kind": "mlp", "hidden": [4]},
         finetune__trainable="all",
         finetune__rounds=4,

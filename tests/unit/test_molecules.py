@@ -16,9 +16,10 @@ from client.hospital import split_patients
 from common.errors import DataError, StudyError
 from common.features import FeatureMap, range_scaling
 from common.learning.gradients import PerRecordGradients
-from common.learning.pretrain import mask_for
+from common.learning.pretrain import mask_for, pretrain
 from common.models import build_student, build_teacher
 from common.simulation import SimulationSpec
+from common.smiles import VOCABULARY, pieces, token_ids
 from common.sources import CsvSource
 from common.strict import parse_strict
 from common.study import EvaluationSpec, Study, parse_study
@@ -68,7 +69,7 @@ def chemistry(tree: dict[str, Any]) -> Study:
     }
     tree["dictionary"] = {
         "label": {"name": "active", "classes": [[0], [1]]},
-        "columns": [{"name": "smiles", "kind": "molecule", "bits": 64, "atoms": 12}],
+        "columns": [{"name": "smiles", "kind": "molecule", "bits": 64, "atoms": 12, "tokens": 20}],
     }
     return parse_study(tree, origin="test")
 
@@ -207,7 +208,10 @@ def test_a_missing_rdkit_is_one_line(
         ({"public": {"kind": "dictionary"}}, "cannot draw molecules"),
         ({"scaling": "private"}, "expected 'ranges' for molecules"),
         ({"task": "diagnosis"}, "did you mean task = 'screening'"),
-        ({"teacher": {"kind": "cnn", "hidden": [4, 4]}}, "expected 'mlp' or 'graph' or 'own'"),
+        (
+            {"teacher": {"kind": "cnn", "hidden": [4, 4]}},
+            "'mlp' or 'components' or 'graph' or 'transformer' or",
+        ),
     ],
 )
 def test_what_molecules_cannot_be_is_refused(
@@ -217,10 +221,16 @@ def test_what_molecules_cannot_be_is_refused(
         parse_study(tree | change, origin="test")
 
 
-def test_a_graph_needs_its_size(chemistry: Study, tree: dict[str, Any]) -> None:
-    tree["dictionary"]["columns"][0]["atoms"] = 0
-    tree["teacher"] = {"kind": "graph", "hidden": [4, 4]}
-    with pytest.raises(StudyError, match="kind = 'graph' needs atoms = N"):
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [({"kind": "graph", "hidden": [4, 4]}, "atoms"), ({"kind": "transformer"}, "tokens")],
+)
+def test_a_network_needs_the_size_of_what_it_reads(
+    chemistry: Study, tree: dict[str, Any], spec: dict[str, Any], size: str
+) -> None:
+    tree["dictionary"]["columns"][0][size] = 0
+    tree["teacher"] = spec
+    with pytest.raises(StudyError, match=f"kind = '{spec['kind']}' needs {size} = N"):
         parse_study(tree, origin="test")
 
 
@@ -230,11 +240,16 @@ def test_scaffolds_need_molecules(tree: dict[str, Any]) -> None:
         parse_study(tree, origin="test")
 
 
+GRAPH = {"kind": "graph", "hidden": [5, 7, 6]}
+TRANSFORMER = {"kind": "transformer", "width": 8, "layers": 1, "heads": 2}
+
+
 @pytest.mark.parametrize("role", ["teacher", "student"])
-def test_a_graph_networks_per_record_gradients_equal_autograd(
-    chemistry: Study, tree: dict[str, Any], role: str
+@pytest.mark.parametrize("spec", [GRAPH, TRANSFORMER], ids=lambda spec: spec["kind"])
+def test_per_record_gradients_equal_autograd(
+    chemistry: Study, tree: dict[str, Any], role: str, spec: dict[str, Any]
 ) -> None:
-    tree[role] = {"kind": "graph", "hidden": [5, 7, 6]}
+    tree[role] = spec
     study = parse_study(tree, origin="test")
     features = FeatureMap(study.dictionary, range_scaling(study.dictionary))
     assert features.molecule is not None
@@ -266,8 +281,9 @@ def test_a_graphs_answer_does_not_depend_on_the_order_of_its_atoms(
     middle = layout.numbers + layout.atoms * ATOM_NUMBERS
     order = torch.randperm(layout.atoms, generator=torch.Generator().manual_seed(0))
     atoms = row[layout.numbers : middle].reshape(layout.atoms, ATOM_NUMBERS)[order]
-    bonds = row[middle:].reshape(layout.atoms, layout.atoms)[order][:, order]
-    other = torch.cat([row[: layout.numbers], atoms.reshape(-1), bonds.reshape(-1)])
+    end = middle + layout.atoms**2
+    bonds = row[middle:end].reshape(layout.atoms, layout.atoms)[order][:, order]
+    other = torch.cat([row[: layout.numbers], atoms.reshape(-1), bonds.reshape(-1), row[end:]])
     model = build_student(study, features)
     torch.testing.assert_close(model(row[None]), model(other[None]))
 
@@ -282,3 +298,111 @@ def test_pretraining_hides_numbers_one_by_one_and_never_the_graph(
     mask = mask_for(features, batch, 0.3, torch.Generator().manual_seed(0))
     assert mask[:, : layout.numbers].float().mean() == pytest.approx(0.3, abs=0.02)
     assert not mask[:, layout.numbers :].any()
+
+
+def test_a_smiles_is_atoms_bonds_and_ring_numbers() -> None:
+    """Schwaller et al. 2019: elements of two letters and atoms in brackets are one token."""
+    given = "Clc1c[nH]c(Br)c1[N+](=O)[O-]"
+    assert " ".join(pieces(given)) == "Cl c 1 c [nH] c ( Br ) c 1 [N+] ( = O ) [O-]"
+    assert pieces("C%12Si") == ["C", "%12", "S", "i"]
+    ids = token_ids(given, 20)
+    assert len(set(ids[:17])) == len(set(pieces(given)))
+    assert (ids[:17] > 0).all()
+    assert not ids[17:].any()
+    assert token_ids(given, 3).tolist() == ids[:3].tolist()
+    # Whatever is not in the list has one id, the last.
+    assert token_ids("[U]%99$", 4).tolist() == [VOCABULARY - 1] * 3 + [0]
+
+
+def test_tokens_lie_behind_the_graph_and_longer_structures_are_reported(
+    chemistry: Study, tmp_path: Path
+) -> None:
+    layout = FeatureMap(chemistry.dictionary, range_scaling(chemistry.dictionary)).molecule
+    assert layout is not None
+    known = compound(ASPIRIN)
+    inputs = layout.encode([known])
+    assert inputs.shape == (1, layout.width)
+    assert inputs[0, -20:].tolist() == token_ids(known, 20).tolist()
+    without = Layout(layout.bits, layout.atoms).encode([known])
+    assert (inputs[:, :-20] == without).all()
+    longer = "C(Cl)(Cl)(Cl)C(Cl)(Cl)C(Cl)(Cl)Cl"  # 11 atoms, 23 tokens
+    (problem,) = table_from(chemistry, tmp_path, ["CCO", longer]).report.problems
+    assert "1 molecules have more atoms or tokens" in problem
+
+
+def test_hidden_tokens_of_public_structures_are_learnt(
+    chemistry: Study, tree: dict[str, Any]
+) -> None:
+    tree["teacher"] = TRANSFORMER
+    adam = {"kind": "adam", "learning_rate": 1e-2}
+    losses = []
+    for steps in (0, 80):
+        tree["pretrain"] = {"steps": steps, "optimiser": adam}
+        study = parse_study(tree, origin="test")
+        features = FeatureMap(study.dictionary, range_scaling(study.dictionary))
+        assert features.molecule is not None
+        # So often that what is kept to watch is also among what is learnt.
+        known = [compound(one) for one in SMILES] * 8
+        corpus = torch.from_numpy(features.molecule.encode(known))
+        teacher = build_teacher(study, features)
+        losses.append(pretrain(study, teacher, features, corpus))
+    assert losses[1] < 0.7 * losses[0]
+
+
+def test_a_transformer_reads_the_tokens_alone(chemistry: Study, tree: dict[str, Any]) -> None:
+    tree["teacher"] = TRANSFORMER
+    study = parse_study(tree, origin="test")
+    features = FeatureMap(study.dictionary, range_scaling(study.dictionary))
+    assert features.molecule is not None
+    inputs = torch.from_numpy(features.molecule.encode([compound(ASPIRIN), compound(IBUPROFEN)]))
+    encoder = build_teacher(study, features).encoder
+    found = encoder(inputs)
+    assert (found[0] - found[1]).abs().max() > 1e-3
+    inputs[:, :-20] = 0.0
+    torch.testing.assert_close(encoder(inputs), found)
+
+
+def test_components_are_those_of_the_public_structures_alone(
+    chemistry: Study, tree: dict[str, Any]
+) -> None:
+    """scikit-learn's are the golden values; signs are free."""
+    from sklearn.decomposition import PCA
+
+    tree["teacher"] = {"kind": "components", "width": 5}
+    tree["pretrain"] = {"steps": 0, "optimiser": {"kind": "sgd", "learning_rate": 1.0}}
+    study = parse_study(tree, origin="test")
+    features = FeatureMap(study.dictionary, range_scaling(study.dictionary))
+    assert features.molecule is not None
+    inputs = torch.from_numpy(features.molecule.encode([compound(one) for one in SMILES]))
+    corpus, others = inputs[:9], inputs[9:]
+    teacher = build_teacher(study, features)
+    assert np.isnan(pretrain(study, teacher, features, corpus))
+    golden = PCA(5).fit(corpus[:, : features.numbers].numpy())
+    # Divided by the root of their deviation, and each record brought to norm 1.
+    wanted = golden.transform(others[:, : features.numbers].numpy())
+    wanted /= np.var(golden.transform(corpus[:, : features.numbers].numpy()), axis=0) ** 0.25
+    wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
+    found = teacher.encoder(others).detach().numpy()
+    np.testing.assert_allclose(np.abs(found), np.abs(wanted), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student": {"kind": "components"}}, "is for teachers.*did you mean 'mlp'"),
+        ({"teacher": {"kind": "components"}}, "expected pretrain.steps = 0"),
+    ],
+)
+def test_what_components_cannot_be_is_refused(
+    chemistry: Study, tree: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(StudyError, match=message):
+        parse_study(tree | change, origin="test")
+
+
+def test_more_components_than_inputs_are_refused(chemistry: Study, tree: dict[str, Any]) -> None:
+    tree["teacher"] = {"kind": "components", "width": 1000}
+    tree["pretrain"] = {"steps": 0, "optimiser": {"kind": "sgd", "learning_rate": 1.0}}
+    study = parse_study(tree, origin="test")
+    with pytest.raises(StudyError, match="expected at most 113 components"):
+        build_teacher(study, FeatureMap(study.dictionary, range_scaling(study.dictionary)))
