@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.features import FeatureMap, range_scaling
 from common.learning.distill import distill_publicly
 from common.learning.pretrain import pretrain
-from common.models import build_student, build_teacher, count_parameters, learner
+from common.models import build_student, build_teacher, learner
+from common.models.pretrained import PinnedEncoder
 from common.privacy.budget import budget_of, evaluation_budget_of
 from common.privacy.units import Trust
 from common.scenario import NetworkSpec
@@ -229,14 +230,22 @@ def _model_cost(model: nn.Module, learned: nn.Module | None, inputs: Tensor) -> 
         each_s = _cpu_s(lambda: model(inputs[:_ROWS])) / _ROWS
         rows = inputs[: max(_ROWS, min(_MOST_ROWS, int(_BATCH_S / max(each_s, 1e-9))))]
         seconds = [_cpu_s(lambda: model(rows)) for _ in range(_REPEATS)]
+    weights = _weights(model)
     return ModelCost(
-        parameters=count_parameters(model),
+        parameters=sum(one.numel() for one in weights),
         trained=sum(one.numel() for one in parts),
-        weight_bytes=sum(one.numel() * one.element_size() for one in model.parameters()),
+        weight_bytes=sum(one.numel() * one.element_size() for one in weights),
         flops=counter.get_total_flops(),
         activation_bytes=_kept_bytes(model, inputs[:1]),
         answer_us=median(seconds) / len(rows) * 1e6,
     )
+
+
+def _weights(model: nn.Module) -> list[nn.Parameter]:
+    """Every parameter that answers, those of a pinned model as well, each once."""
+    pinned = [one.pinned for one in model.modules() if isinstance(one, PinnedEncoder)]
+    each = {id(one): one for part in (model, *pinned) for one in part.parameters()}
+    return list(each.values())
 
 
 def _kept_bytes(model: nn.Module, record: Tensor) -> int:

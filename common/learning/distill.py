@@ -13,6 +13,7 @@ from common.features import FeatureMap
 from common.learning.augment import DRAWS, augmented
 from common.learning.gradients import batch_gradient
 from common.learning.loop import run
+from common.learning.words import words_of
 from common.models import Student, Teacher
 from common.place import CPU, here, wide
 from common.study import Study
@@ -24,7 +25,15 @@ _JITTER = 0.1  # standard deviation added to mixed records, in scaled units
 
 
 def distill_publicly(study: Study, teacher: Teacher, student: Student, corpus: Tensor) -> float:
-    """Train ``student`` in place to answer as ``teacher`` does; the final loss on mixed records."""
+    """Train ``student`` in place to answer as ``teacher`` does; the final loss on mixed records.
+
+    A bag of words learns through the words of a pinned teacher (see ``words_of``).
+    """
+    with words_of(teacher, student, corpus, seed=study.seed + 6):
+        return _distill(study, teacher, student, corpus)
+
+
+def _distill(study: Study, teacher: Teacher, student: Student, corpus: Tensor) -> float:
     spec, task = study.distill, task_of(study)
     # Half of one molecule and half of another are none.
     draw = plain if study.dictionary.modality == "molecule" else mixtures

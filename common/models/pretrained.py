@@ -70,6 +70,18 @@ class PinnedEncoder(nn.Module):
             return self(tokens)  # type: ignore[no-any-return]
         return self._scaled(self._recalled(tokens))
 
+    @property
+    def word_vectors(self) -> Tensor:
+        """The model's own embeddings of single tokens [vocabulary, hidden]."""
+        found: Tensor = self._model[0].get_input_embeddings().weight.detach()
+        return found
+
+    @property
+    def pinned(self) -> nn.Module:
+        """The model itself, which is no part of this module's state."""
+        found: nn.Module = self._model[0]
+        return found
+
     def centre_on(self, corpus: Tensor) -> None:
         """Take mean and standard deviation of the codes from public records [rows, T]."""
         codes = self._recalled(corpus)

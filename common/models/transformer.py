@@ -15,8 +15,9 @@ class TokenEncoder(nn.Module):
     """Records [rows, …], whose last inputs are ``length`` token ids → code [rows, width]:
     embeddings, blocks, and the mean over tokens.
 
-    ``layers = 0`` is a bag of words with learned embeddings. Ids run from 0 (padding) to
-    ``vocabulary - 1``; ``hidden_id``, one beyond, stands for a token hidden in pre-training.
+    ``layers = 0`` is a bag of words: the mean of their learned embeddings, as they are. Ids run
+    from 0 (padding) to ``vocabulary - 1``; ``hidden_id``, one beyond, stands for a token hidden in
+    pre-training.
     """
 
     def __init__(self, *, vocabulary: int, length: int, width: int, layers: int, heads: int):
@@ -26,9 +27,10 @@ class TokenEncoder(nn.Module):
         self.length = length
         self.record_numbers = activations(length=length, width=width, layers=layers, heads=heads)
         self.words = nn.Embedding(vocabulary + 1, width, padding_idx=PADDING)
-        self.places = nn.Embedding(length, width)
+        # A bag has no order; and the lengths of its words' embeddings say how much each counts.
+        self.places = nn.Embedding(length, width) if layers else None
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.LayerNorm(width) if layers else nn.Identity()
 
     def tokens(self, inputs: Tensor) -> Tensor:
         """The ids of records [rows, T]: all of a text's inputs, a molecule's last ones."""
@@ -36,10 +38,11 @@ class TokenEncoder(nn.Module):
 
     def states(self, tokens: Tensor) -> Tensor:
         """What each position holds after the last block: [rows, T, width]."""
-        rows, positions = tokens.shape
-        # Records come first in every trainable layer's input, or they have no own gradient.
-        places = torch.arange(positions, device=tokens.device).expand(rows, positions)
-        states: Tensor = self.words(tokens) + self.places(places)
+        states: Tensor = self.words(tokens)
+        if self.places is not None:
+            # Records come first in every trainable layer's input, or they have no own gradient.
+            places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+            states = states + self.places(places)
         present = tokens != PADDING
         for block in self.blocks:
             states = block(states, present)
@@ -49,7 +52,8 @@ class TokenEncoder(nn.Module):
         """The mean over the record's own tokens, of length about 1: it bounds a head's gradient."""
         tokens = self.tokens(inputs)
         tokens = tokens[:, : longest(tokens)]
-        return mean_of_tokens(self.states(tokens), tokens) / math.sqrt(self.width)
+        code = mean_of_tokens(self.states(tokens), tokens)
+        return code / math.sqrt(self.width) if len(self.blocks) else code
 
 
 def longest(tokens: Tensor) -> int:

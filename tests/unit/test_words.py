@@ -1,0 +1,89 @@
+"""A bag of words learns through its teacher's word vectors, and keeps nothing of the teacher."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from common.learning import distill
+from common.learning.evaluate import answer
+from common.learning.words import standardised, words_of
+from common.models import Student, Teacher, build_student
+from common.models.pretrained import PinnedEncoder
+from common.models.transformer import mean_of_tokens
+from common.study import Study
+from tests.unit.test_text import a_study, features_of
+
+WIDTH = 8
+
+
+class Words(PinnedEncoder):
+    """A pre-trained model that is nothing but its words."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.vectors = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(0)) + 3.0
+
+    @property
+    def word_vectors(self) -> Tensor:
+        return self.vectors
+
+    def recall(self, tokens: Tensor) -> Tensor:
+        return mean_of_tokens(self.vectors[tokens], tokens)
+
+
+def a_teacher() -> Teacher:
+    teacher = Teacher(Words(), width=WIDTH, skip=0, outputs=3)
+    nn.init.normal_(teacher.head.weight, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():  # what all words share tells no classes apart
+        teacher.head.bias.copy_(-3.0 * teacher.head.weight.sum(dim=1))
+    return teacher
+
+
+def texts_of(first: int, last: int, seed: int) -> Tensor:
+    """64 texts of 12 words from ``first`` to ``last``; some are shorter."""
+    generator = torch.Generator().manual_seed(seed)
+    texts = torch.randint(first, last + 1, (64, 12), generator=generator)
+    texts[::3, 6:] = 0
+    return texts
+
+
+def agreement(study: Study, student: Student) -> float:
+    """With the teacher, on texts whose every word was in no text that the student learned by."""
+    teacher, unseen = a_teacher(), texts_of(40, 63, 5)
+    distill.distill_publicly(study, teacher, student, texts_of(1, 39, 4))
+    same = answer(student, unseen).argmax(1) == answer(teacher, unseen).argmax(1)
+    return float(same.double().mean())
+
+
+def test_what_is_learned_of_some_words_holds_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    adam = {"kind": "adam", "learning_rate": 0.05}
+    study = a_study(distill={"temperature": 1.0, "steps": 200, "batch": 32, "optimiser": adam})
+    student = build_student(study, features_of(study))
+    names = {name: tensor.shape for name, tensor in student.state_dict().items()}
+    assert agreement(study, student) > 0.9
+    assert {name: tensor.shape for name, tensor in student.state_dict().items()} == names
+    monkeypatch.setattr(distill, "words_of", lambda *_, **__: nullcontext())
+    assert agreement(study, build_student(study, features_of(study))) < 0.7
+
+
+def test_means_of_words_are_standardised_over_the_public_texts() -> None:
+    texts = texts_of(1, 63, 6)
+    words = standardised(Words().vectors, texts)
+    assert words.shape == (65, WIDTH)
+    assert not words[0].any() and not words[64].any()
+    means = mean_of_tokens(words[texts], texts)
+    torch.testing.assert_close(means.mean(dim=0), torch.zeros(WIDTH), atol=1e-5, rtol=0)
+    spread = means.std(dim=0, correction=0)
+    torch.testing.assert_close(spread, torch.full((WIDTH,), WIDTH**-0.5))
+
+
+def test_a_transformer_keeps_its_own_words() -> None:
+    study = a_study(student__layers=1)
+    student = build_student(study, features_of(study))
+    before = [one.shape for one in student.parameters()]
+    with words_of(a_teacher(), student, texts_of(1, 63, 7), seed=0):
+        assert [one.shape for one in student.parameters()] == before
