@@ -15,7 +15,6 @@ import logging
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from types import FrameType
 
@@ -32,7 +31,6 @@ _logger = logging.getLogger(__name__)
 
 LOST = 3  # exit code: a task was lost between here and the SuperNode
 
-_POLL_S = 0.1
 _ENDED_EARLY = "failed (the hospital's process ended early); see the hospital's log"
 
 
@@ -52,9 +50,8 @@ class Runner:
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         while not self._stopping:
-            token = self._queue.acquire()
+            token = self._queue.take()
             if token is None:
-                time.sleep(_POLL_S)
                 continue
             try:
                 self._serve(ClientTask.pull(self._endpoint, token))

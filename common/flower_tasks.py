@@ -15,6 +15,7 @@ this relies on against the installed version of Flower.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,6 +84,8 @@ __all__ = [
 NODE_UNAVAILABLE = int(ErrorCode.NODE_UNAVAILABLE)  # the SuperLink's word on a node that is away
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _KINDS = {"client": TaskType.CLIENT_APP, "server": TaskType.SERVER_APP}
+# Between looks for a task: a busy study has the next one soon, an idle federation costs little.
+_LEAST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 0.5
 _LOST = 2  # the code client.app gives to failures that are no refusals
 
 RunState = Literal["running", "finished", "failed", "unknown"]
@@ -111,6 +114,17 @@ class TaskQueue:
                 SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={_ACQUIRE}),
             ],
         )
+        self._pause_s = _LEAST_PAUSE_S
+
+    def take(self) -> str | None:
+        """The token of the next task; None, after a pause that grows while none comes."""
+        token = self.acquire()
+        if token is None:
+            time.sleep(self._pause_s)
+            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        else:
+            self._pause_s = _LEAST_PAUSE_S
+        return token
 
     def acquire(self) -> str | None:
         """The token of the next task; None when none waits or the other side is away."""

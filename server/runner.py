@@ -17,7 +17,6 @@ import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -49,7 +48,6 @@ STUDY_SETTING = "study"  # the one setting of a run: which folder below runs/
 
 _logger = logging.getLogger(__name__)
 
-_POLL_S = 0.2
 # Too few hospitals, a full disk, a SuperLink that went away and took the run with it, our own end.
 _PASSING = (RunError, OSError, httpx.HTTPError, RunNotRunningException, KeyboardInterrupt)
 _STUDY_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -143,9 +141,8 @@ class Runner:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         while not self._stopping:
             self._reap()
-            token = self._queue.acquire()
+            token = self._queue.take()
             if token is None:
-                time.sleep(_POLL_S)
                 continue
             me = os.getpid()
             child = os.fork()  # no thread runs here
