@@ -25,7 +25,8 @@ from common.models import Student, Teacher, build_student, build_teacher, learne
 from common.place import here
 from common.privacy.budget import Charge, stage_charge
 from common.randomness import Stream
-from common.study import OptimiserSpec, Study
+from common.stages import OptimiserSpec
+from common.study import Study
 from common.tables import Table
 from common.tasks import task_of
 from common.tensors import get_vector

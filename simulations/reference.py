@@ -45,19 +45,9 @@ from common.sources import (
     ParquetSource,
     SklearnSource,
 )
+from common.stages import AugmentSpec, DistillSpec, FinetuneSpec, OptimiserSpec, PretrainSpec
 from common.strict import Strict
-from common.study import (
-    AugmentSpec,
-    DistillSpec,
-    EvaluationSpec,
-    FederationSpec,
-    FinetuneSpec,
-    OptimiserSpec,
-    PretrainSpec,
-    PrivacySpec,
-    PublicSpec,
-    Study,
-)
+from common.study import EvaluationSpec, FederationSpec, PrivacySpec, PublicSpec, Study
 
 _SECTIONS: tuple[tuple[str, type[Strict]], ...] = (
     ("top level", Study),
@@ -118,15 +108,8 @@ def study_reference() -> str:
         lines += [f"## {title}", "", doc, "", "| key | values | default |", "|---|---|---|"]
         shared = ColumnMapping.model_fields if model.__bases__ != (Strict,) else {}
         for name, field in model.model_fields.items():
-            lines.append(f"| `{name}` | {value_words(field)} | {default_words(field)} |")
-            if name in shared:
-                continue
-            default = (
-                "required"
-                if field.is_required()
-                else _default(field.get_default(call_default_factory=True, validated_data={}))
-            )
-            lines.append(f"| `{name}` | {_words(field.annotation)} | {default} |")
+            if name not in shared:
+                lines.append(f"| `{name}` | {value_words(field)} | {default_words(field)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -168,13 +151,6 @@ def value_words(field: FieldInfo) -> str:
     return _words(field.annotation)
 
 
-def default_words(field: FieldInfo) -> str:
-    """What a key is when it is left out."""
-    if field.is_required():
-        return "required"
-    return _default(field.get_default(call_default_factory=True, validated_data={}))
-
-
 def _words(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
@@ -203,7 +179,11 @@ def _plain(annotation: Any) -> str:
     return names.get(name, "section" if inspect.isclass(annotation) else name)
 
 
-def _default(value: Any) -> str:
+def default_words(field: FieldInfo) -> str:
+    """What a key is when it is left out."""
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True, validated_data={})
     if value is None or value is PydanticUndefined or value in ((), {}):
         return "—"
     if isinstance(value, Strict):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from common.study import AugmentSpec
+from common.stages import AugmentSpec
 
 DRAWS = 4
 """Uniforms that one view takes."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from common.learning.optimisers import Moments, Plateau, learning_rate_at, update
-from common.study import OptimiserSpec
+from common.stages import OptimiserSpec
 
 Gradient = Callable[[Tensor], Tensor]
 """Gives the (possibly noised) mean gradient at weights, both [d]; or [K, d] of K hospitals."""

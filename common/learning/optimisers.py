@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from common.study import OptimiserSpec
+from common.stages import OptimiserSpec
 
 _EPSILON = 1e-8  # Adam's guard against division by zero (Kingma & Ba 2015)
 

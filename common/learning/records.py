@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.learning.augment import DRAWS, augmented
 from common.randomness import Stream
-from common.study import AugmentSpec
+from common.stages import AugmentSpec
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from common.privacy.accounting import (
 from common.privacy.plan import StepPlan
 from common.privacy.skellam_gaussian import LARGEST_DISTANCE, delta_slack
 from common.privacy.units import Relation, Trust
-from common.study import DistillSpec, FinetuneSpec, PrivacySpec, Study
+from common.stages import DistillSpec, FinetuneSpec
+from common.study import PrivacySpec, Study
 
 # Two implementations of the same pessimistic bound, on different grids.
 _AGREEMENT = 0.01

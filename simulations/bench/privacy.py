@@ -20,7 +20,7 @@ from common.learning.records import Records
 from common.privacy.plan import StepPlan
 from common.privacy.units import PrivacyUnit, Relation
 from common.randomness import SecretNoise
-from common.study import OptimiserSpec
+from common.stages import OptimiserSpec
 from common.tensors import get_vector
 from simulations.bench.ledger import ledger_figures
 from simulations.bench.models import Workload, workloads

@@ -21,7 +21,8 @@ from common.learning.records import Records
 from common.privacy.plan import StepPlan
 from common.privacy.units import PrivacyUnit, Relation
 from common.randomness import SeededNoise, Stream
-from common.study import AugmentSpec, Study, load_study
+from common.stages import AugmentSpec
+from common.study import Study, load_study
 from common.tensors import get_vector
 from simulations.bench.trained import EXAMPLES
 from tests.unit.zoo import loss

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from common.learning import loop
 from common.learning.optimisers import Moments, Plateau, learning_rate_at, update
-from common.study import OptimiserSpec
+from common.stages import OptimiserSpec
 
 STEPS = 200
 
