@@ -221,17 +221,19 @@ def test_a_selection_keeps_the_best_trial_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores: list[tuple[int, float]] = []
+    students: list[bytes] = []
     real = selection._score
 
     def note(run: RunFolder, study: Study) -> tuple[int, float]:
         scores.append(real(run, study))
+        students.append((run.path / "student.safetensors").read_bytes())
         return scores[-1]
 
     monkeypatch.setattr(selection, "_score", note)
     monkeypatch.setattr(selection, "_drawn", lambda *_: [0, 3, 2, 3])
     found = chosen(tmp_path / "s")
     assert len(scores) == 4
-    assert len(set(scores[1::2])) == 2  # the same settings twice, under fresh noise
+    assert students[1] != students[3]  # the same settings twice, under fresh noise
     assert found.released == released_figures(*RunFolder.open(tmp_path / "s" / "winner"))
     assert found.released is not None and (0, found.released["auc"]) == max(scores)
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [
