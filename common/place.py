@@ -79,6 +79,19 @@ def placed(spec: ComputeSpec) -> Iterator[Place]:
         _chosen = before
 
 
+@contextmanager
+def at_work(*models: nn.Module) -> Iterator[Place]:
+    """Within, ``models`` are at this process's place; afterwards on the processor."""
+    place = here()
+    try:
+        for one in models:
+            one.to(place.device)
+        yield place
+    finally:
+        for one in models:
+            one.to(CPU)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where ``model`` is."""
     return next((one.device for one in model.parameters()), CPU)

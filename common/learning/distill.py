@@ -15,7 +15,7 @@ from common.learning.gradients import batch_gradient
 from common.learning.loop import run
 from common.learning.words import words_of
 from common.models import Student, Teacher
-from common.place import CPU, here, wide
+from common.place import at_work, beside, here, wide
 from common.study import Study
 from common.tasks import task_of
 from common.tensors import get_vector, set_vector
@@ -29,7 +29,7 @@ def distill_publicly(study: Study, teacher: Teacher, student: Student, corpus: T
 
     A bag of words learns through the words of a pinned teacher (see ``words_of``).
     """
-    with words_of(teacher, student, corpus, seed=study.seed + 6):
+    with words_of(teacher, student, corpus, seed=study.seed + 6), at_work(teacher, student):
         return _distill(study, teacher, student, corpus)
 
 
@@ -39,10 +39,7 @@ def _distill(study: Study, teacher: Teacher, student: Student, corpus: Tensor) -
     draw = plain if study.dictionary.modality == "molecule" else mixtures
     generator = torch.Generator().manual_seed(study.seed + 3)
     watched = draw(corpus, _WATCHED, torch.Generator().manual_seed(study.seed + 4))
-    place = here()
-    teacher.to(place.device)
-    student.to(place.device)
-    watched = watched.to(place.device)
+    (watched,) = beside(teacher, watched)
     with torch.no_grad():
         watched_answers = teacher(watched)
 
@@ -51,10 +48,10 @@ def _distill(study: Study, teacher: Teacher, student: Student, corpus: Tensor) -
         if spec.augment is not None:
             draws = torch.rand(len(batch), DRAWS, generator=generator)
             batch = augmented(batch, draws, spec.augment)
-        batch = batch.to(place.device)
+        (batch,) = beside(teacher, batch)
         with torch.no_grad():
             taught = teacher(batch)
-        with place.passing():
+        with here().passing():
             answers = student(batch)
         return task.distill_loss(wide(answers), taught, spec.temperature).mean()
 
@@ -68,10 +65,7 @@ def _distill(study: Study, teacher: Teacher, student: Student, corpus: Tensor) -
     weights = run(
         start, batch_gradient(student, objective), spec.optimiser, steps=spec.steps, watch=watch
     )
-    loss = watch(weights)
-    teacher.to(CPU)
-    student.to(CPU)
-    return loss
+    return watch(weights)
 
 
 def plain(corpus: Tensor, rows: int, generator: torch.Generator) -> Tensor:

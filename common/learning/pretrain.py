@@ -21,7 +21,7 @@ from common.models.lora import uncorrected
 from common.models.pretrained import PinnedEncoder
 from common.models.transformer import TokenEncoder, longest
 from common.modelspec import VitSpec
-from common.place import CPU, beside, here, wide
+from common.place import at_work, beside, here, wide
 from common.study import Study
 from common.tensors import get_vector, set_vector
 from common.text import PADDING
@@ -36,8 +36,7 @@ def pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tenso
     The decoder serves only here and is thrown away. An encoder that comes trained only takes the
     centre of the corpus, components are worked out: their loss is NaN.
     """
-    teacher.to(here().device)
-    try:
+    with at_work(teacher):
         if isinstance(teacher.encoder, PinnedEncoder):
             teacher.encoder.centre_on(*beside(teacher, corpus))
             return math.nan
@@ -46,8 +45,6 @@ def pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tenso
             return math.nan
         with uncorrected(teacher.encoder):
             return _pretrain(study, teacher, features, corpus)
-    finally:
-        teacher.to(CPU)
 
 
 def _pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tensor) -> float:

@@ -14,14 +14,17 @@ from torch import Tensor, nn
 from common.compute import ComputeSpec
 from common.learning.gradients import Engine, choose_engine, clipped_sum, private_gradient
 from common.learning.records import Records
-from common.models.lora import add_lora
-from common.modelspec import LoraSpec
 from common.place import CPU, placed
-from common.privacy.plan import StepPlan
-from common.privacy.units import PrivacyUnit, Relation
 from common.randomness import SecretNoise
 from common.tensors import get_vector
-from simulations.bench.models import VOCABULARY, Transformer
+from simulations.bench.models import (
+    VOCABULARY,
+    Transformer,
+    in_mid_training,
+    lora_transformer,
+    loss,
+    plan,
+)
 
 _WIDTH, _LAYERS, _HEADS = 384, 6, 12  # of MiniLM-L6 (Wang et al. 2020)
 _TOKENS, _RECORDS = 128, 128
@@ -65,7 +68,7 @@ def _row(*, lora: bool, found: bool) -> dict[str, Any]:
             continue
         with placed(spec) as place:
             model.to(place.device)
-            engine = choose_engine(model, _loss, records)
+            engine = choose_engine(model, loss, records)
             sums[name] = _sum(engine, records)
             sum_s, step_s = _times(engine, records, _STEPS[name])
         row |= {f"{name}_sum_s": sum_s, f"{name}_step_s": step_s}
@@ -77,7 +80,7 @@ def _row(*, lora: bool, found: bool) -> dict[str, Any]:
 def _times(engine: Engine, records: Records, steps: int) -> tuple[float, float]:
     stream = SecretNoise.generate().stream("bench")
     gradient = private_gradient(
-        engine, records, _plan(), expected_units=records.units, stream=stream
+        engine, records, plan(), expected_units=records.units, stream=stream
     )
     weights = get_vector(engine.model)
     gradient(weights)
@@ -103,33 +106,12 @@ def _sum(engine: Engine, records: Records) -> Tensor:
             records.targets[rows],
             torch.arange(len(rows)),
             len(rows),
-            _plan(),
+            plan(),
         )
     return total / records.units
 
 
 def _model(*, lora: bool) -> nn.Module:
-    model = Transformer(width=_WIDTH, layers=_LAYERS, heads=_HEADS)
-    if lora:
-        layers = ("query", "key", "value", "out", "up", "down")
-        add_lora(model, LoraSpec(kind="lora", layers=layers), seed=0)
-        model.head.requires_grad_(True)
-    for name, parameter in model.named_parameters():
-        if name.endswith("up.weight"):
-            nn.init.normal_(parameter, std=0.02)  # in mid-training: nothing is zero
-    return model
-
-
-def _loss(answers: Tensor, targets: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(answers, targets, reduction="none")
-
-
-def _plan() -> StepPlan:
-    return StepPlan(
-        unit=PrivacyUnit.RECORD,
-        relation=Relation.ADD_REMOVE,
-        sampling_rate=1.0,
-        clip_norm=1.0,
-        noise_multiplier=1.0,
-        records_per_unit=1,
-    )
+    if not lora:
+        return Transformer(width=_WIDTH, layers=_LAYERS, heads=_HEADS)
+    return in_mid_training(lora_transformer(_WIDTH, layers=_LAYERS, heads=_HEADS))

@@ -12,10 +12,14 @@ from common.models.attention import Block
 from common.models.lora import add_lora
 from common.models.networks import image_student
 from common.modelspec import LoraSpec
+from common.privacy.plan import StepPlan
+from common.privacy.units import PrivacyUnit, Relation
 
 VOCABULARY = 512
 TOKENS = 64
 WIDTH = 128
+CLIP_NORM = 1.0
+NOISE_MULTIPLIER = 1.0
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,35 @@ class Transformer(nn.Module):
         return self.head(code.mean(dim=1))  # type: ignore[no-any-return]
 
 
-def lora_transformer(width: int = WIDTH) -> nn.Module:
-    """Two layers; LoRA of rank 8 on every attention and MLP layer, and the head."""
-    model = Transformer(width=width)
-    layers = ("query", "key", "value", "out", "up", "down")
-    add_lora(model, LoraSpec(kind="lora", layers=layers), seed=0)
+def lora_transformer(width: int = WIDTH, *, layers: int = 2, heads: int = 4) -> nn.Module:
+    """LoRA of rank 8 on every attention and MLP layer, and the head."""
+    model = Transformer(width=width, layers=layers, heads=heads)
+    adapted = ("query", "key", "value", "out", "up", "down")
+    add_lora(model, LoraSpec(kind="lora", layers=adapted), seed=0)
     model.head.requires_grad_(True)
     return model
+
+
+def in_mid_training(model: nn.Module) -> nn.Module:
+    """The model, with corrections that are no longer zero."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("up.weight") and parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def loss(answers: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each record [rows]."""
+    return nn.functional.cross_entropy(answers, targets, reduction="none")
+
+
+def plan() -> StepPlan:
+    """A step over all records, each a unit of its own."""
+    return StepPlan(
+        unit=PrivacyUnit.RECORD,
+        relation=Relation.ADD_REMOVE,
+        sampling_rate=1.0,
+        clip_norm=CLIP_NORM,
+        noise_multiplier=NOISE_MULTIPLIER,
+        records_per_unit=1,
+    )

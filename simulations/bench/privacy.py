@@ -11,22 +11,26 @@ from typing import Any
 
 import torch
 from opacus import PrivacyEngine
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from common.learning import loop
 from common.learning.gradients import choose_engine, clipped_sum, private_gradient
 from common.learning.records import Records
-from common.privacy.plan import StepPlan
-from common.privacy.units import PrivacyUnit, Relation
 from common.randomness import SecretNoise
 from common.stages import OptimiserSpec
 from common.tensors import get_vector
 from simulations.bench.ledger import ledger_figures
-from simulations.bench.models import Workload, workloads
+from simulations.bench.models import (
+    CLIP_NORM,
+    NOISE_MULTIPLIER,
+    Workload,
+    in_mid_training,
+    loss,
+    plan,
+    workloads,
+)
 
-_CLIP_NORM = 1.0
-_NOISE_MULTIPLIER = 1.0
 _LEARNING_RATE = 0.1
 _REPETITIONS = {"mlp": 300, "cnn": 40, "lora": 40}
 
@@ -89,17 +93,9 @@ def _interleaved(steps: dict[str, Step], repetitions: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _loss(answers: Tensor, targets: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(answers, targets, reduction="none")
-
-
 def _fresh(workload: Workload) -> nn.Module:
     torch.manual_seed(0)  # the same public start for every contestant
-    model = workload.make()
-    for name, parameter in model.named_parameters():
-        if name.endswith("up.weight") and parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.02)  # a LoRA in mid-training: nothing is zero
-    return model
+    return in_mid_training(workload.make())
 
 
 def _records(workload: Workload) -> Records:
@@ -107,23 +103,12 @@ def _records(workload: Workload) -> Records:
     return Records(workload.inputs, workload.targets, torch.arange(rows), rows)
 
 
-def _plan() -> StepPlan:
-    return StepPlan(
-        unit=PrivacyUnit.RECORD,
-        relation=Relation.ADD_REMOVE,
-        sampling_rate=1.0,
-        clip_norm=_CLIP_NORM,
-        noise_multiplier=_NOISE_MULTIPLIER,
-        records_per_unit=1,
-    )
-
-
 def _ours(workload: Workload) -> Step:
     model, records = _fresh(workload), _records(workload)
     gradient = private_gradient(
-        choose_engine(model, _loss, records),
+        choose_engine(model, loss, records),
         records,
-        _plan(),
+        plan(),
         expected_units=records.units,
         stream=SecretNoise.generate().stream("bench"),
     )
@@ -138,7 +123,7 @@ def _ours(workload: Workload) -> Step:
 
 
 def _opacus(
-    workload: Workload, mode: str, *, noise_multiplier: float = _NOISE_MULTIPLIER
+    workload: Workload, mode: str, *, noise_multiplier: float = NOISE_MULTIPLIER
 ) -> tuple[Step, nn.Module]:
     """One whole step of Opacus's own optimiser, and the model it trains."""
     model, rows = _fresh(workload), len(workload.inputs)
@@ -152,7 +137,7 @@ def _opacus(
         data_loader=loader,
         criterion=nn.CrossEntropyLoss(),
         noise_multiplier=noise_multiplier,
-        max_grad_norm=_CLIP_NORM,
+        max_grad_norm=CLIP_NORM,
         poisson_sampling=False,
         grad_sample_mode=mode,
     )
@@ -175,7 +160,7 @@ def _plain(workload: Workload) -> Step:
 
     def step() -> None:
         optimiser.zero_grad()
-        _loss(model(workload.inputs), workload.targets).mean().backward()  # type: ignore[no-untyped-call]
+        loss(model(workload.inputs), workload.targets).mean().backward()  # type: ignore[no-untyped-call]
         optimiser.step()
 
     return step
@@ -185,9 +170,9 @@ def _difference(workload: Workload) -> float:
     """Between the clipped sums: Opacus's is read off the step it takes without noise."""
     model, rows = _fresh(workload), len(workload.inputs)
     start = get_vector(model)
-    engine = choose_engine(model, _loss, _records(workload))
+    engine = choose_engine(model, loss, _records(workload))
     ours = clipped_sum(
-        engine, start, workload.inputs, workload.targets, torch.arange(rows), rows, _plan()
+        engine, start, workload.inputs, workload.targets, torch.arange(rows), rows, plan()
     )
     step, theirs = _opacus(workload, "hooks", noise_multiplier=0.0)
     step()
