@@ -31,4 +31,5 @@ def from_environment() -> ComputeSpec:
     """What the environment variables say; raises StudyError for words that mean nothing."""
     found = {"device": DEVICE_VARIABLE, "precision": PRECISION_VARIABLE}
     said = {key: os.environ[name] for key, name in found.items() if name in os.environ}
-    return parse_strict(ComputeSpec, said, origin="CONSILIUM_DEVICE or CONSILIUM_PRECISION")
+    origin = "--device, CONSILIUM_DEVICE or CONSILIUM_PRECISION"
+    return parse_strict(ComputeSpec, said, origin=origin)

@@ -93,26 +93,34 @@ class CsvTable:
     patient = ""
 
     def __init__(self, spec: CsvSource, folder: Path, *, rows: int | None = None) -> None:
-        self._spec, self._path = spec, existing(folder, spec.path)
+        self._spec = spec
+        self._paths = [existing(folder, path) for path in (spec.path, *spec.also)]
         self.origin = spec.path
-        self.columns = tuple(spec.header) or self._header()
+        self.columns = tuple(spec.header) or self._header(self._paths[0])
         self._rows = rows or chunk_rows(len(self.columns))
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:
         """Cells as text."""
-        with self._parse(chunksize=self._rows) as reading:
-            while (frame := self._next(reading)) is not None:
-                yield {name: frame[name].to_numpy(dtype=object) for name in wanted}
+        for path in self._paths:
+            absent = set(wanted) - set(self._spec.header or self._header(path))
+            if absent:
+                raise DataError(
+                    f"{path}: column {min(absent)!r} is in {self.origin}, not in this file; export "
+                    f"all with the same columns"
+                )
+            with self._parse(path, chunksize=self._rows) as reading:
+                while (frame := self._next(path, reading)) is not None:
+                    yield {name: frame[name].to_numpy(dtype=object) for name in wanted}
 
     def notes(self) -> tuple[str, ...]:
         """Nothing: every row is read."""
         return ()
 
-    def _header(self) -> tuple[str, ...]:
-        frame = self._parse(nrows=0)
+    def _header(self, path: Path) -> tuple[str, ...]:
+        frame = self._parse(path, nrows=0)
         return tuple(str(name) for name in frame.columns)
 
-    def _next(self, reading: Any) -> pd.DataFrame | None:
+    def _next(self, path: Path, reading: Any) -> pd.DataFrame | None:
         try:
             with warnings.catch_warnings():
                 # Rows longer than the header: pandas would shift or drop columns, with a warning.
@@ -120,16 +128,16 @@ class CsvTable:
                 return next(reading, None)
         except pd.errors.ParserWarning:
             raise DataError(
-                f"{self._path}: rows have more cells than the header has names; name every column"
+                f"{path}: rows have more cells than the header has names; name every column"
             ) from None
         except (ValueError, OSError, EOFError, zlib.error, LookupError) as error:
-            raise self._unreadable(error) from None
+            raise _unreadable(path, error) from None
 
-    def _parse(self, **options: Any) -> Any:
+    def _parse(self, path: Path, **options: Any) -> Any:
         spec = self._spec
         try:
             return pd.read_csv(
-                self._path,
+                path,
                 header=None if spec.header else 0,
                 names=list(spec.header) or None,
                 index_col=False,
@@ -141,13 +149,12 @@ class CsvTable:
                 **options,
             )
         except (ValueError, OSError, EOFError, zlib.error, LookupError) as error:
-            raise self._unreadable(error) from None
+            raise _unreadable(path, error) from None
 
-    def _unreadable(self, error: Exception) -> DataError:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return DataError(
-            f"{self._path}: cannot be read as CSV: {reason}; check delimiter and encoding"
-        )
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return DataError(f"{path}: cannot be read as CSV: {reason}; check delimiter and encoding")
 
 
 class ParquetTable:

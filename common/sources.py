@@ -52,11 +52,13 @@ class CsvSource(ColumnMapping):
     """A text file, optionally compressed, read in parts of bounded size.
 
     ``path``: relative to the data folder (``--data FOLDER``) or to ``hospital.toml``.
+    ``also``: further files with the same columns, read after it.
     ``header``: the file's column names when it has no header line.
     """
 
     kind: Literal["csv"]
     path: Name
+    also: tuple[Name, ...] = ()
     header: tuple[str, ...] = ()
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ","
     encoding: str = "utf-8"

@@ -99,6 +99,7 @@ class DistillSpec(Strict):
     ``on = "patients"``: at the hospitals, as ``rounds`` × ``local_steps`` charged steps.
     ``temperature`` softens the targets (Hinton et al. 2015, arXiv 1503.02531).
     ``augment``: public images are seen as random views, by teacher and student alike.
+    ``excerpts``: each public text is joined by so many random stretches of itself.
     """
 
     on: Literal["public", "patients"] = "public"
@@ -109,12 +110,15 @@ class DistillSpec(Strict):
     local_steps: Count = 1
     sampling_rate: Fraction = 1.0
     augment: AugmentSpec | None = None
+    excerpts: Annotated[int, Field(ge=0)] = 0
     optimiser: OptimiserSpec
 
     @model_validator(mode="after")
     def _views_are_public(self) -> Self:
         if self.augment is not None and self.on == "patients":
             raise ValueError("[distill.augment] belongs to on = 'public'; leave it out")
+        if self.excerpts and self.on == "patients":
+            raise ValueError("distill.excerpts belongs to on = 'public'; leave it out")
         return self
 
     @property

@@ -281,6 +281,8 @@ class Study(Strict):
         for stage, spec in (("finetune", self.finetune), ("distill", self.distill)):
             if spec.augment is not None and self.dictionary.modality != "image":
                 raise ValueError(f"[{stage}.augment] turns and moves images; leave it out")
+        if self.distill.excerpts and self.dictionary.modality != "text":
+            raise ValueError("distill.excerpts are stretches of texts; leave it out")
         return self
 
     @model_validator(mode="after")

@@ -21,9 +21,10 @@ from typing import Any
 
 from common.auditlog import Fact
 from common.enrolment import FINISHED_FILES, Answer, Offer, Offered, parse_message
-from common.errors import RefusalError, RunError, StudyError
+from common.errors import DataError, RefusalError, RunError, StudyError
 from common.identity import PublicIdentity
 from common.privacy.units import Trust
+from common.readers import open_table
 from common.study import Study, parse_study
 from server.desk import Desk, NotFoundError, UnavailableError
 from server.federation import Federation
@@ -328,11 +329,12 @@ class Studies:
             )
         if public.source is not None:
             folder = self._desk.folder.path / self._desk.settings.public_folder
-            if not (folder / public.source.path).is_file():
+            try:
+                open_table(public.source, folder)
+            except DataError as error:
                 raise RunError(
-                    f"study {study.name}: expected its public corpus {public.source.path} below "
-                    f"{folder}, found none"
-                )
+                    f"study {study.name}: expected its public corpus below {folder}: {error}"
+                ) from None
 
 
 def offer_of(row: StudyRow) -> Offer:

@@ -19,9 +19,11 @@ from common.place import at_work, beside, here, wide
 from common.study import Study
 from common.tasks import task_of
 from common.tensors import get_vector, set_vector
+from common.text import PADDING
 
 _WATCHED = 256
 _JITTER = 0.1  # standard deviation added to mixed records, in scaled units
+_SHORTEST, _LONGEST = 0.3, 0.8  # of a text, in an excerpt
 
 
 def distill_publicly(study: Study, teacher: Teacher, student: Student, corpus: Tensor) -> float:
@@ -29,6 +31,9 @@ def distill_publicly(study: Study, teacher: Teacher, student: Student, corpus: T
 
     A bag of words learns through the words of a pinned teacher (see ``words_of``).
     """
+    if study.distill.excerpts:
+        generator = torch.Generator().manual_seed(study.seed + 7)
+        corpus = torch.cat([corpus, excerpts(corpus, study.distill.excerpts, generator)])
     with words_of(teacher, student, corpus, seed=study.seed + 6), at_work(teacher, student):
         return _distill(study, teacher, student, corpus)
 
@@ -66,6 +71,26 @@ def _distill(study: Study, teacher: Teacher, student: Student, corpus: Tensor) -
         start, batch_gradient(student, objective), spec.optimiser, steps=spec.steps, watch=watch
     )
     return watch(weights)
+
+
+def excerpts(texts: Tensor, each: int, generator: torch.Generator) -> Tensor:
+    """``each`` random stretches of every text: token ids [texts, T] → [texts · each, T].
+
+    A stretch is three to eight tenths of what lies between the text's first and last token. These
+    two stay, since models' tokenisers mark there where a text begins and ends.
+    """
+    texts = texts.repeat(each, 1)
+    present = (texts != PADDING).sum(dim=1)
+    inner = (present - 2).clamp(min=0)
+    share, place = torch.rand(2, len(texts), generator=generator)
+    taken = (inner * (_SHORTEST + (_LONGEST - _SHORTEST) * share)).ceil().long()
+    start = ((inner - taken + 1) * place).long()
+    position = torch.arange(texts.shape[1])
+    source = torch.where(position == 0, 0, start[:, None] + position)
+    last = present.clamp(max=2) + taken - 1
+    source = torch.where(position == last[:, None], present[:, None] - 1, source)
+    found = texts.gather(1, source.clamp(0, texts.shape[1] - 1))
+    return found.masked_fill(position > last[:, None], PADDING)
 
 
 def plain(corpus: Tensor, rows: int, generator: torch.Generator) -> Tensor:

@@ -44,6 +44,18 @@ def read(tmp_path: Path) -> Read:
     return run
 
 
+def test_further_files_follow_the_first(read: Read, tmp_path: Path) -> None:
+    header = "age,chol,sex,thal,num\n"
+    (tmp_path / "y.csv").write_text("num,thal,sex,chol,age\n0,3,1,210,61\n", encoding="utf-8")
+    table = read(header + "60,200,1,3,0\n", also=("y.csv",))
+    np.testing.assert_array_equal(table.values["age"], [60, 61])
+    (tmp_path / "z.csv").write_text("age,sex,thal,num\n61,1,3,0\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"z\.csv: column 'chol' is in x\.csv, not in this file"):
+        read(header + "60,200,1,3,0\n", also=("z.csv",))
+    with pytest.raises(DataError, match=r"absent\.csv: no such data file"):
+        read(header + "60,200,1,3,0\n", also=("absent.csv",))
+
+
 def problems(table: Table) -> str:
     return "\n".join(table.report.problems)
 

@@ -87,3 +87,26 @@ def test_a_transformer_keeps_its_own_words() -> None:
     before = [one.shape for one in student.parameters()]
     with words_of(a_teacher(), student, texts_of(1, 63, 7), seed=0):
         assert [one.shape for one in student.parameters()] == before
+
+
+def test_excerpts_are_stretches_of_their_text() -> None:
+    rows = [list(range(1, 1 + size)) + [0] * (40 - size) for size in (40, 20, 3, 2, 1, 0)]
+    texts = torch.tensor(rows)
+    found = distill.excerpts(texts, 50, torch.Generator().manual_seed(0)).reshape(50, 6, 40)
+    for drawn in found:
+        for row, whole in zip(drawn.tolist(), rows, strict=True):
+            kept, text = [one for one in row if one], [one for one in whole if one]
+            assert row == kept + [0] * (40 - len(kept))  # padding is behind
+            if len(text) < 3:
+                assert kept == text
+                continue
+            assert (kept[0], kept[-1]) == (text[0], text[-1])
+            inner = kept[1:-1]
+            assert inner == list(range(inner[0], inner[0] + len(inner)))
+            assert 0.3 * (len(text) - 2) <= len(inner) <= 0.8 * (len(text) - 2) + 1
+    starts = {int(one[0, 1]) for one in found}
+    assert min(starts) < 6
+    assert max(starts) > 14
+    assert len({int(one[0].count_nonzero()) for one in found}) > 10  # of many lengths
+    again = distill.excerpts(texts, 50, torch.Generator().manual_seed(0)).reshape(50, 6, 40)
+    assert torch.equal(found, again)
