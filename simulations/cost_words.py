@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from simulations.markup import Html, data_table, note, paragraph, section
@@ -150,8 +151,11 @@ def _seconds(seconds: float | None) -> str:
 
 def _rich(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False)
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=not index)
+    for heading, column in zip(headings, zip(*rows, strict=True), strict=True):
+        # Words give way at blanks, a number and its unit do not.
+        least = max(map(len, column)) if table.columns else 1
+        justify: JustifyMethod = "right" if table.columns else "left"
+        table.add_column(heading, justify=justify, min_width=least)
     for row in rows:
         table.add_row(*row)
     return table

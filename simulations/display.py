@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
@@ -122,11 +123,13 @@ def _duration(seconds: float) -> str:
 
 def run_table(summary: dict[str, Any]) -> Table:
     """The student, one row per hospital, then all together, and its teacher beside it."""
-    table = Table(title=f"{summary['study']}: test patients, exact scores (simulation only)")
+    title = f"{summary['study']}: test patients, exact scores (simulation only)"
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False)
     measures = measures_in(summary)
     table.add_column("student", no_wrap=True)
     for heading in ("train ≈", "test", *(one.title for one in measures)):
-        table.add_column(heading, justify="right")
+        # A heading gives way by lines, never within a word.
+        table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
     for row in summary["hospitals"]:
         table.add_row(*_cells(row, measures, "student"))
     table.add_section()
