@@ -157,6 +157,15 @@ def standing_answer(place: StudyFolder, public: PublicIdentity, log: AuditLog) -
     return answer
 
 
+def decision_of(place: StudyFolder, public: PublicIdentity, log: AuditLog) -> str:
+    """``approved``, ``refused``, ``open``, or ``unsound`` when the answer's files do not hold."""
+    try:
+        answer = standing_answer(place, public, log)
+    except ConsiliumError:
+        return "unsound"
+    return {"approve": "approved", "refuse": "refused"}[answer.decision] if answer else "open"
+
+
 def pinned_fingerprints(log: AuditLog) -> dict[str, str]:
     """The fingerprint of every hospital's key, as the newest approval that named it has it.
 

@@ -12,9 +12,7 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from client.approvals import approved_study, study_folders
-from client.describe import decision_of
-from client.hospital import own_records
+from client.approvals import approved_study, decision_of, study_folders
 from client.hospitalfile import HospitalFile, load_hospital_file
 from client.link import Coordinator, connect
 from client.linkfolder import LinkFolder, days_left, mutual_context
@@ -146,7 +144,10 @@ class Examination:
 
     def _studies(self) -> str:
         safe = self._needed_safe()
-        decisions = [decision_of(place, safe) for place in study_folders(self.folder)]
+        decisions = [
+            decision_of(place, safe.identity.public, safe.log)
+            for place in study_folders(self.folder)
+        ]
         if "unsound" in decisions:
             raise SecretError(
                 "a study's answer is not the one that was signed last; see `consilium hospital "
@@ -158,10 +159,12 @@ class Examination:
         return ", ".join(f"{count} {one}" for one, count in counts.items() if count)
 
     def _data(self) -> str:
+        from client.hospital import own_records  # noqa: PLC0415 (torch: the daemon does without)
+
         safe, settings = self._needed_safe(), self._settings()
         lines = []
         for place in study_folders(self.folder):
-            if decision_of(place, safe) != "approved":
+            if decision_of(place, safe.identity.public, safe.log) != "approved":
                 continue
             study, _ = approved_study(self.folder, place.digest, safe.identity, safe.log)
             table = own_records(settings, study, self.folder, safe.dates_key)

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from client.approvals import StudyFolder, keys_of, standing_answer
+from client.approvals import StudyFolder, decision_of, keys_of
 from client.consent import read_withdrawals
 from client.hospital import own_records, split_patients
 from client.hospitalfile import HospitalFile, load_hospital_file
@@ -58,7 +58,7 @@ def describe_study(folder: Path, place: StudyFolder, safe: Safe, now: datetime) 
         "study": study.name,
         "digest": place.digest,
         "state": offered.state if offered else "laid out by hand",
-        "decision": decision_of(place, safe),
+        "decision": decision_of(place, safe.identity.public, safe.log),
         "task": study.task,
         "columns": [{"name": one.name, "kind": one.kind} for one in study.dictionary.columns],
         "label": study.dictionary.label.name,
@@ -79,15 +79,6 @@ def describe_study(folder: Path, place: StudyFolder, safe: Safe, now: datetime) 
         "data": data,
         "test_noise": settings.test_noise_seed is not None,
     }
-
-
-def decision_of(place: StudyFolder, safe: Safe) -> str:
-    """``approved``, ``refused``, ``open``, or ``unsound`` when the answer's files do not hold."""
-    try:
-        answer = standing_answer(place, safe.identity.public, safe.log)
-    except ConsiliumError:
-        return "unsound"
-    return {"approve": "approved", "refuse": "refused"}[answer.decision] if answer else "open"
 
 
 def costs(study: Study, ledger: Ledger, limits: Limits, now: datetime) -> list[Cost]:

@@ -2,7 +2,8 @@
 
 It stands where Flower would start a program that runs whatever code the coordinator shipped. Each
 message gets a process of its own, forked from this one, in which everything is loaded already:
-whatever becomes of it, the next message meets a clean one, and the coordinator gets an answer.
+whatever becomes of it, the next message meets a clean one, and the coordinator gets an answer. What
+only some models need (Opacus's rules) is loaded here once a message's process had to load it.
 
 A SuperNode cannot forget a task whose answer was lost on the way to it, and waits for ever. Then
 the runner ends with ``LOST``, the daemon starts both anew, and the coordinator asks again.
@@ -31,6 +32,7 @@ _logger = logging.getLogger(__name__)
 
 LOST = 3  # exit code: a task was lost between here and the SuperNode
 
+_RULES, _SENDING = b"r", b"s"  # what a message's process tells of itself
 _ENDED_EARLY = "failed (the hospital's process ended early); see the hospital's log"
 
 
@@ -62,21 +64,23 @@ class Runner:
 
     def _serve(self, task: ClientTask) -> None:
         me = os.getpid()
-        answered, answering = os.pipe()
+        told, telling = os.pipe()
         self._child = os.fork()  # no thread runs here: heartbeats begin below
         if self._child == 0:
-            _child(task, self._app, me, answering)
-        os.close(answering)
+            _child(task, self._app, me, telling)
+        os.close(telling)
         with task.kept_alive():
             _, status = os.waitpid(self._child, 0)
         self._child = 0
-        with os.fdopen(answered, "rb") as pipe:
-            was_sending = bool(pipe.read())
+        with os.fdopen(told, "rb") as pipe:
+            words = pipe.read()
         if status != 0:
             _logger.error("a task's process ended early (status %d)", status)
-            if was_sending:
+            if _SENDING in words:
                 raise RuntimeError("half an answer is at the SuperNode")
             task.fail(_ENDED_EARLY)
+        if _RULES in words:
+            opacus_rules()
 
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
         if self._stopping and self._child:
@@ -84,16 +88,17 @@ class Runner:
         self._stopping = True
 
 
-def _child(task: ClientTask, app: ClientApp, parent: int, answering: int) -> None:
+def _child(task: ClientTask, app: ClientApp, parent: int, telling: int) -> None:
     """Answer and end; nothing of the parent's clean-up runs here.
 
-    ``answering``: a pipe on which the parent is told that sending begins.
+    ``telling``: a pipe on which the parent is told that sending begins, and what was loaded.
     """
     code = 1
     try:
         end_with_parent(parent)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # draining: the parent decides
-        task.answer(app, lambda: _say(answering))
+        had_rules = "opacus" in sys.modules
+        task.answer(app, lambda: _say(telling, had_rules))
         code = 0
     except BaseException as error:
         _logger.error("answering failed: %s", type(error).__name__)
@@ -102,8 +107,8 @@ def _child(task: ClientTask, app: ClientApp, parent: int, answering: int) -> Non
         os._exit(code)
 
 
-def _say(descriptor: int) -> None:
-    os.write(descriptor, b"1")
+def _say(telling: int, had_rules: bool) -> None:
+    os.write(telling, _SENDING + (b"" if had_rules or "opacus" not in sys.modules else _RULES))
 
 
 def main() -> None:
@@ -116,7 +121,6 @@ def main() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("flwr").propagate = False  # it writes for itself, in colours
     run = given.folder / "run"
-    opacus_rules()  # here once, not in each message's process
     app = build_client_app(lambda _context, digest: open_hospital(given.folder, digest))
     endpoint = Endpoint(given.address, (run / "loopback-ca.pem").read_bytes())
     sys.exit(Runner(endpoint, (run / "superexec.secret").read_bytes(), app).run())

@@ -20,8 +20,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.fft import irfft, next_fast_len, rfft
-from scipy.special import ndtr
 
 Floats = NDArray[np.float64]
 
@@ -174,7 +172,7 @@ def _discretise(sigma: float, rate: float, direction: str) -> LossPmf:
     # Whatever lies below the first edge counts as the first edge, above the last as infinite.
     missing = max(0.0, 1.0 - float(probs.sum()))
     probs[0] += missing
-    return _trimmed(exponent, lowest, probs, 2.0 * float(ndtr(-_REACH)))
+    return _trimmed(exponent, lowest, probs, math.erfc(_REACH / math.sqrt(2)))
 
 
 def _loss(outcome: float, sigma: float, rate: float, direction: str) -> float:
@@ -217,6 +215,8 @@ def _outcome(losses: Floats, sigma: float, rate: float, direction: str) -> Float
 
 def _mass(cuts: Floats) -> Floats:
     """The standard normal's probability between neighbouring ``cuts``, exact in both tails."""
+    from scipy.special import ndtr  # noqa: PLC0415 (half a second, and only who composes needs it)
+
     tails = ndtr(-np.abs(cuts))
     left, right = tails[:-1], tails[1:]
     inside = np.where(cuts[:-1] > 0, left - right, 1.0 - left - right)
@@ -225,6 +225,8 @@ def _mass(cuts: Floats) -> Floats:
 
 def _self_compose(pmf: LossPmf, times: int) -> LossPmf:
     """``times`` convolutions of ``pmf`` with itself, by one FFT over a Chernoff window."""
+    from scipy.fft import irfft, next_fast_len, rfft  # noqa: PLC0415 (as in ``_mass``)
+
     if times == 1:
         return _settled(pmf)
     window = _window(pmf, times)
@@ -328,6 +330,8 @@ def _trimmed(exponent: int, lowest: int, probs: Floats, infinite: float) -> Loss
 
 def _convolved(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
     """The full linear convolution, by real transforms."""
+    from scipy.fft import irfft, next_fast_len, rfft  # noqa: PLC0415 (as in ``_mass``)
+
     length = len(left) + len(right) - 1
     size = next_fast_len(length, real=True)
     product = rfft(left, size) * rfft(right, size)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional
 
 from common.dictionary import Dictionary
 from common.labels import ClassLabel
@@ -23,6 +20,9 @@ from common.learning.metrics import (
     score_histogram,
 )
 from common.tasks.task import Floats, Measure
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,14 @@ class Classification:
 
     def targets(self, labels: NDArray[Any]) -> Tensor:
         """Class indices [rows]."""
+        import torch
+
         return torch.from_numpy(labels)
 
     def loss(self, answers: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each record [rows]."""
+        from torch.nn import functional
+
         if answers.shape[1] == 1:
             return functional.binary_cross_entropy_with_logits(
                 answers[:, 0], targets.to(answers.dtype), reduction="none"
@@ -56,6 +60,9 @@ class Classification:
 
     def distill_loss(self, answers: Tensor, taught: Tensor, temperature: float) -> Tensor:
         """Softened cross-entropy × T², so that gradients keep their size (Hinton et al. 2015)."""
+        import torch
+        from torch.nn import functional
+
         soft = answers / temperature
         if answers.shape[1] == 1:
             wanted = torch.sigmoid(taught[:, 0] / temperature)
@@ -67,6 +74,8 @@ class Classification:
 
     def predictions(self, answers: Tensor) -> Tensor:
         """Class probabilities [rows, classes]."""
+        import torch
+
         if answers.shape[1] == 1:
             positive = torch.sigmoid(answers)
             return torch.cat([1 - positive, positive], dim=1)

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional
 
 from common.dictionary import Dictionary
 from common.labels import SurvivalLabel
@@ -29,6 +26,9 @@ from common.learning.survival_metrics import (
     risk_histogram,
 )
 from common.tasks.task import Floats, Measure
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Form = Literal["hazard", "mass"]
 
@@ -83,6 +83,8 @@ class Prognosis:
     def start(self) -> Tensor:
         """What sums of 0 mean, as logits [intervals]: ``label.typical``, else an even chance
         in every interval (``hazard``) or for every one (``mass``)."""
+        import torch
+
         if self.label.typical is None:
             return torch.zeros(len(self.cuts))
         curve = torch.tensor([1.0, *self.label.typical], dtype=torch.float64)
@@ -94,6 +96,8 @@ class Prognosis:
         """[rows, 2, intervals]: whether the patient is known to have passed an interval or to have
         had the event in it; and whether that was so. A patient censored in an interval counts as
         having passed it from its middle on (Gensheimer & Narasimhan 2019)."""
+        import torch
+
         times, seen = labels[:, :1].astype(np.float64), labels[:, 1:] > 0
         starts = np.concatenate([[0.0], self.cuts[:-1]])
         event = seen & (times > starts) & (times <= self.cuts)
@@ -104,6 +108,8 @@ class Prognosis:
     def loss(self, answers: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood of each record [rows]: of the event in its interval, and of
         none in those before."""
+        from torch.nn import functional
+
         known, event = targets[:, 0], targets[:, 1]
         each = functional.binary_cross_entropy_with_logits(
             self.logits(answers), event.to(answers.dtype), reduction="none"
@@ -112,6 +118,9 @@ class Prognosis:
 
     def distill_loss(self, answers: Tensor, taught: Tensor, temperature: float) -> Tensor:
         """Softened cross-entropy of the hazards, summed over the intervals, × T²."""
+        import torch
+        from torch.nn import functional
+
         wanted = torch.sigmoid(self.logits(taught) / temperature)
         each = functional.binary_cross_entropy_with_logits(
             self.logits(answers) / temperature, wanted, reduction="none"
@@ -120,6 +129,9 @@ class Prognosis:
 
     def predictions(self, answers: Tensor) -> Tensor:
         """Survival at each of the cuts [rows, cuts]."""
+        import torch
+        from torch.nn import functional
+
         return torch.exp(torch.cumsum(functional.logsigmoid(-self.logits(answers)), dim=1))
 
     def figures(self, labels: NDArray[Any], predictions: Floats) -> dict[str, float]:
@@ -152,6 +164,8 @@ class Prognosis:
 
     def logits(self, answers: Tensor) -> Tensor:
         """Logits of the hazards [rows, intervals]."""
+        import torch
+
         sums = answers[:, :1] + _DEPARTURE * answers[:, 1:] + self.start.to(answers)
         if self.form == "hazard":
             return sums

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from common.dictionary import Dictionary
 from common.labels import NumberLabel
 from common.tasks.task import Floats, Measure
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The released moments of a unit are four numbers within ±1: their L2 norm is at most 2.
 _NORM = 2.0
@@ -40,6 +41,8 @@ class Regression:
 
     def targets(self, labels: NDArray[Any]) -> Tensor:
         """Scaled numbers [rows, 1]."""
+        import torch
+
         return torch.from_numpy((labels - self.middle) / self.spread).float()
 
     def loss(self, answers: Tensor, targets: Tensor) -> Tensor:

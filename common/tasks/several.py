@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional
 
 from common.dictionary import Dictionary
 from common.labels import SeveralLabel
 from common.learning.metrics import auc, auc_from_histogram
 from common.tasks.task import Floats, Measure
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,15 @@ class Several:
 
     def targets(self, labels: NDArray[Any]) -> Tensor:
         """1, 0 or NaN [rows, outcomes]."""
+        import torch
+
         return torch.from_numpy(labels).float()
 
     def loss(self, answers: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy over each record's known outcomes [rows]; 0 where none is."""
+        import torch
+        from torch.nn import functional
+
         known = ~torch.isnan(targets)
         each = functional.binary_cross_entropy_with_logits(
             answers, torch.where(known, targets, 0.0), reduction="none"
@@ -45,11 +50,15 @@ class Several:
 
     def distill_loss(self, answers: Tensor, taught: Tensor, temperature: float) -> Tensor:
         """Softened cross-entropy × T², over all outcomes: a teacher answers every one."""
+        import torch
+
         wanted = torch.sigmoid(taught / temperature)
         return self.loss(answers / temperature, wanted) * temperature**2
 
     def predictions(self, answers: Tensor) -> Tensor:
         """Probabilities [rows, outcomes]."""
+        import torch
+
         return torch.sigmoid(answers)
 
     def figures(self, labels: NDArray[Any], predictions: Floats) -> dict[str, float]:

@@ -7,18 +7,18 @@ nothing unmeasured decided who was treated: no data can show that it did not.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional
 
 from common.dictionary import Dictionary
 from common.labels import EffectLabel
 from common.learning.effect_metrics import factual_rmse, sqrt_pehe
 from common.tasks.task import Floats, Measure, Unreleased
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Form = Literal["arms", "effect"]
 
@@ -60,12 +60,17 @@ class Treatment(Unreleased):
 
     def targets(self, labels: NDArray[Any]) -> Tensor:
         """[rows, 2]: treated or not, and the scaled outcome. Never the truth."""
+        import torch
+
         middle, spread = self.label.scale
         outcome = (labels[:, 1] - middle) / spread
         return torch.from_numpy(np.stack([labels[:, 0], outcome], axis=1).astype(np.float32))
 
     def loss(self, answers: Tensor, targets: Tensor) -> Tensor:
         """Squared error of the outcome that was seen, and the propensity's cross-entropy [rows]."""
+        import torch
+        from torch.nn import functional
+
         mu0, mu1 = self._outcomes(answers)
         treated, outcome = targets[:, 0], targets[:, 1]
         # Only the arm that the patient was in has a gradient.
@@ -78,6 +83,9 @@ class Treatment(Unreleased):
     def distill_loss(self, answers: Tensor, taught: Tensor, temperature: float) -> Tensor:
         """Squared error of the outcomes (or outcome and effect) and the softened propensity's
         cross-entropy × T² [rows]."""
+        import torch
+        from torch.nn import functional
+
         wanted = torch.sigmoid(taught[:, 2] / temperature)
         chance = functional.binary_cross_entropy_with_logits(
             answers[:, 2] / temperature, wanted, reduction="none"
@@ -87,6 +95,8 @@ class Treatment(Unreleased):
 
     def predictions(self, answers: Tensor) -> Tensor:
         """[rows, 3]: outcome without and with treatment in the label's unit, and propensity."""
+        import torch
+
         middle, spread = self.label.scale
         outcomes = [one * spread + middle for one in self._outcomes(answers)]
         return torch.stack([*outcomes, torch.sigmoid(answers[:, 2])], dim=1)

@@ -170,7 +170,9 @@ def test_select_prints_the_winner_and_its_price(
 
 def test_opacus_is_loaded_for_layers_that_need_its_rules_alone() -> None:
     program = (
-        "import sys, client.daemon, server.runner, simulations.attacks, simulations.simulate\n"
+        "import sys, client.daemon\n"
+        "assert 'torch' not in sys.modules\n"
+        "import client.runner, server.runner, simulations.attacks, simulations.simulate\n"
         "assert 'opacus' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
@@ -263,6 +265,8 @@ for command in (
     assert not heavy, (command, heavy)
 # What a join with a good code runs, and an approval.
 import client.link, client.safe, client.studies, client.visits
+from common.study import load_study
+load_study(Path("deploy/examples/heart.toml"))
 heavy = {"torch", "flwr", "sklearn", "pandas"} & sys.modules.keys()
 assert not heavy, heavy
 """
