@@ -3,7 +3,7 @@
 It stands where Flower would start a program that runs whatever code the coordinator shipped. Each
 message gets a process of its own, forked from this one, in which everything is loaded already:
 whatever becomes of it, the next message meets a clean one, and the coordinator gets an answer. What
-only some models need (Opacus's rules) is loaded here once a message's process had to load it.
+one of them had to load for its study is loaded here as well, for those that follow.
 
 A SuperNode cannot forget a task whose answer was lost on the way to it, and waits for ever. Then
 the runner ends with ``LOST``, the daemon starts both anew, and the coordinator asks again.
@@ -16,6 +16,8 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 
@@ -25,14 +27,13 @@ from flwr.clientapp import ClientApp
 from client.app import build_client_app
 from client.hospital import open_hospital
 from common.flower_tasks import ClientTask, Endpoint, RunNotRunningException, TaskQueue
-from common.learning.layers import opacus_rules
 from common.supervise import end_with_parent
 
 _logger = logging.getLogger(__name__)
 
 LOST = 3  # exit code: a task was lost between here and the SuperNode
 
-_RULES, _SENDING = b"r", b"s"  # what a message's process tells of itself
+_SENDING = "sending"
 _ENDED_EARLY = "failed (the hospital's process ended early); see the hospital's log"
 
 
@@ -70,17 +71,19 @@ class Runner:
             _child(task, self._app, me, telling)
         os.close(telling)
         with task.kept_alive():
+            with os.fdopen(told, encoding="utf-8") as pipe:
+                words = pipe.read().splitlines()
             _, status = os.waitpid(self._child, 0)
         self._child = 0
-        with os.fdopen(told, "rb") as pipe:
-            words = pipe.read()
         if status != 0:
             _logger.error("a task's process ended early (status %d)", status)
-            if _SENDING in words:
+            if words:
                 raise RuntimeError("half an answer is at the SuperNode")
             task.fail(_ENDED_EARLY)
-        if _RULES in words:
-            opacus_rules()
+            return
+        for name in words[1:]:
+            with suppress(Exception):  # it is only sooner; who needs it says what is wrong
+                import_module(name)
 
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
         if self._stopping and self._child:
@@ -91,14 +94,15 @@ class Runner:
 def _child(task: ClientTask, app: ClientApp, parent: int, telling: int) -> None:
     """Answer and end; nothing of the parent's clean-up runs here.
 
-    ``telling``: a pipe on which the parent is told that sending begins, and what was loaded.
+    ``telling``: a pipe on which the parent is told, in a line each, that sending begins and which
+    modules were loaded; it ends with this process.
     """
     code = 1
     try:
         end_with_parent(parent)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # draining: the parent decides
-        had_rules = "opacus" in sys.modules
-        task.answer(app, lambda: _say(telling, had_rules))
+        known = set(sys.modules)
+        task.answer(app, lambda: _say(telling, [_SENDING, *sorted(set(sys.modules) - known)]))
         code = 0
     except BaseException as error:
         _logger.error("answering failed: %s", type(error).__name__)
@@ -107,8 +111,9 @@ def _child(task: ClientTask, app: ClientApp, parent: int, telling: int) -> None:
         os._exit(code)
 
 
-def _say(telling: int, had_rules: bool) -> None:
-    os.write(telling, _SENDING + (b"" if had_rules or "opacus" not in sys.modules else _RULES))
+def _say(telling: int, lines: list[str]) -> None:
+    with os.fdopen(os.dup(telling), "w", encoding="utf-8") as pipe:
+        pipe.writelines(f"{line}\n" for line in lines)
 
 
 def main() -> None:
@@ -120,6 +125,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("flwr").propagate = False  # it writes for itself, in colours
+    import_module("dp_accounting")  # a second; every private round needs it
     run = given.folder / "run"
     app = build_client_app(lambda _context, digest: open_hospital(given.folder, digest))
     endpoint = Endpoint(given.address, (run / "loopback-ca.pem").read_bytes())

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 
@@ -190,6 +191,7 @@ def main() -> None:
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("flwr").propagate = False  # it writes for itself, in colours
+    import_module("dp_accounting")  # here once, not in each run's process
     run = given.folder / "run"
     endpoint = Endpoint(given.address, (run / "loopback-ca.pem").read_bytes())
     Runner(given.folder / "runs", endpoint, (run / "superexec.secret").read_bytes()).run()

@@ -77,18 +77,51 @@ def test_the_wait_is_for_the_message_that_was_pulled() -> None:
     assert node.sent == [left_behind.metadata.message_id, now.metadata.message_id]
 
 
-def test_it_asks_often_while_a_study_is_under_way_and_seldom_afterwards() -> None:
-    times = iter([0.0, 1.0, 1.0, 70.0])
-    answers = iter([None, 7, None, None])
+class Clock:
+    """Time that passes in sleep alone."""
+
+    def __init__(self) -> None:
+        self.now, self.slept = 0.0, [0.0]
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.slept.append(seconds)
+
+
+def test_it_asks_often_while_a_study_is_under_way_and_ever_less_often_afterwards() -> None:
+    clock, answers = Clock(), iter([None, 7])
     exchange = Exchange(
-        lambda receive, **_: next(answers), loop._push_messages, clock=lambda: next(times)
+        lambda receive, **_: next(answers, None),
+        loop._push_messages,
+        clock=lambda: clock.now,
+        sleep=clock.sleep,
     )
     assert exchange.pull(receive=lambda: None) is None  # idle from the start: Flower's own pace
+    assert clock.slept == [0.0]
     assert exchange.pull(receive=lambda: None) == 7
-    begun = time.monotonic()
-    assert exchange.pull(receive=lambda: None) is None  # asked twice before it gave up
-    assert time.monotonic() - begun >= 0.5
-    assert next(answers, "asked for all") == "asked for all"
+    assert exchange.pull(receive=lambda: None) is None
+    waits = clock.slept[1:]
+    assert waits[:8] == [0.5] * 8  # a message that follows soon is met soon
+    assert waits == sorted(waits)
+    assert 2.5 < waits[-1] <= 3.0  # from here on every three seconds, as Flower does
+    assert len(waits) < 25
+
+
+def test_after_an_answer_it_asks_often_again_however_long_the_answer_took() -> None:
+    clock, node, now = Clock(), Node(), asked(1)
+    answers = iter([7])
+    exchange = Exchange(
+        lambda receive, **_: (receive(), next(answers, None))[1],
+        loop._push_messages,
+        clock=lambda: clock.now,
+        sleep=clock.sleep,
+    )
+    assert exchange.pull(receive=lambda: (now, get_object_tree(now))) == 7
+    clock.now += 600.0
+    node.answer(now)
+    node.push(exchange.push)
+    assert exchange.pull(receive=lambda: None) is None
+    assert clock.slept[1] == 0.5
 
 
 def test_flowers_own_loop_would_not_have_waited() -> None:
