@@ -35,6 +35,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
 }
 
 
+@lru_cache(maxsize=16)  # a round asks several times what is in force: the same bytes each time
 def parse_policy(content: bytes, name: str = "policy.toml") -> Policy:
     """The policy in ``content``.
 
