@@ -243,7 +243,7 @@ def updates_of(round_: Round, lanes: Sequence[Lane]) -> Tensor:
         return assignment.update(records, lane.declared, lane.stream)[None]
     gradient = (_private if assignment.charge.plan.private else _plain)(round_, lanes)
     start = assignment.start.expand(len(lanes), -1)
-    return assignment.descend(gradient, start) - assignment.start
+    return assignment.descend(gradient, start).sub_(assignment.start)
 
 
 @dataclass(frozen=True)
