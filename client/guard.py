@@ -26,7 +26,7 @@ from client.policy import ReleaseRequest, check
 from client.safe import Safe
 from common.auditlog import utc_now
 from common.errors import RefusalError
-from common.privacy.accounting import GaussianEvent, epsilon
+from common.privacy.accounting import GaussianEvent, epsilon, merged
 from common.privacy.units import PrivacyUnit, Relation
 from common.randomness import NoiseSource, Stream
 
@@ -100,6 +100,12 @@ class MemoryGuard:
     is_lasting: bool = True
     _charged: dict[tuple[str, str, str], tuple[GaussianEvent, ...]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Add up what was charged before."""
+        self._spent: dict[tuple[str, str], tuple[GaussianEvent, ...]] = {}
+        for (study, pool, _), events in self._charged.items():
+            self._spend((study, pool), events)
+
     def admit(self, patients: Iterable[str], *, study: str, round_number: int) -> frozenset[str]:  # noqa: ARG002
         """Everybody: a simulation's data are public."""
         return frozenset(patients)
@@ -117,15 +123,14 @@ class MemoryGuard:
         if key in self._charged and asked.once:
             raise _answered(asked)
         if key not in self._charged:
-            spent = [
-                event
-                for (study, pool, _), events in self._charged.items()
-                for event in events
-                if (study, pool) == key[:2]
-            ]
-            refuse_beyond_study(spent, asked)
+            refuse_beyond_study(self._spent.get(key[:2], ()), asked)
             self._charged[key] = asked.events
+            self._spend(key[:2], asked.events)
         return noise_stream(self.noise, asked, key[2])
+
+    def _spend(self, payer: tuple[str, str], events: tuple[GaussianEvent, ...]) -> None:
+        """``payer``: the study and the pool of patients."""
+        self._spent[payer] = merged((*self._spent.get(payer, ()), *events))
 
 
 @dataclass(frozen=True)

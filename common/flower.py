@@ -6,20 +6,22 @@ import json
 import math
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Message as Envelope
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from common.errors import MessageError
-from common.wire import from_parts, to_parts
+from common.wire import check_numbers, from_parts, to_parts
 
 Message = TypeVar("Message")
 
 _TENSORS, _TENSORS_TYPE = "tensors", "safetensors"
+_NOTHING = RecordDict()
 
 
 def pack(message: Any) -> RecordDict:
@@ -75,3 +77,39 @@ def unpack(kind: type[Message], content: RecordDict) -> Message:
     except (SafetensorError, ValueError, TypeError) as error:
         raise MessageError(f"{kind.__name__}: arrays cannot be read ({error})") from None
     return from_parts(kind, dict(values), found)
+
+
+class Unsent(Envelope):
+    """A reply that stays in its process: ``message`` itself, packed only where its content is asked
+    for. The very bytes that would have been sent are then there."""
+
+    def __init__(self, message: Any, *, reply_to: Envelope) -> None:
+        super().__init__(_NOTHING, reply_to=reply_to)
+        self.__dict__["_content"] = message
+
+    @property
+    def message(self) -> Any:
+        """The wire message; None once its content was asked for, or replaced."""
+        held = self.__dict__["_content"]
+        return None if isinstance(held, RecordDict) else held
+
+    @property
+    def content(self) -> RecordDict:
+        """The message as Flower's records."""
+        if self.message is not None:
+            self.content = pack(self.message)
+        return cast(RecordDict, self.__dict__["_content"])
+
+    @content.setter
+    def content(self, value: RecordDict) -> None:
+        self.__dict__["_content"] = value
+
+
+def read(kind: type[Message], reply: Envelope) -> Message:
+    """The wire message of ``kind`` in ``reply``; raises MessageError on anything unexpected.
+
+    What was not sent is not copied either: it is the sender's own, and only to be looked at.
+    """
+    if isinstance(reply, Unsent) and isinstance(reply.message, kind):
+        return check_numbers(reply.message)
+    return unpack(kind, reply.content)

@@ -12,6 +12,7 @@ plain values and named arrays; nothing is ever unpickled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -241,9 +242,30 @@ def _array(tensor: Tensor) -> NDArray[Any]:
     return np.ascontiguousarray(tensor.detach().numpy())
 
 
+def check_numbers(message: Message) -> Message:
+    """``message`` itself; raises MessageError where ``from_parts`` would for its numbers."""
+    for name, value in vars(message).items():
+        if isinstance(value, dict):
+            for inner, tensor in value.items():
+                _check_numbers(type(message), f"{name}{_SEPARATOR}{inner}", tensor)
+        elif isinstance(value, Tensor):
+            _check_numbers(type(message), name, value)
+    return message
+
+
 def _tensor(kind: type, name: str, array: NDArray[Any]) -> Tensor:
     if array.dtype != np.float32:
         raise MessageError(f"{kind.__name__}: array {name!r} expected float32, found {array.dtype}")
-    if not np.isfinite(array).all():
+    tensor = torch.from_numpy(array)
+    _check_numbers(kind, name, tensor)
+    return tensor
+
+
+def _check_numbers(kind: type, name: str, tensor: Tensor) -> None:
+    if tensor.dtype is not torch.float32:
+        raise MessageError(
+            f"{kind.__name__}: array {name!r} expected float32, found {tensor.dtype}"
+        )
+    # A sum is finite only where all its terms are; one that overflows tells nothing of them.
+    if not (math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())):
         raise MessageError(f"{kind.__name__}: array {name!r} holds values that are not finite")
-    return torch.from_numpy(array)

@@ -13,7 +13,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from common.errors import MessageError, RunError
-from common.flower import pack, unpack
+from common.flower import pack, read
 from common.flower_tasks import NODE_UNAVAILABLE
 from common.wire import Hello, HelloReply
 
@@ -251,7 +251,7 @@ class GridLink:
             _logger.log(level, "%s: %s", self._called(node), message.error.reason)
             return None
         try:
-            reply = unpack(kind, message.content)
+            reply = read(kind, message)
         except MessageError as error:
             _logger.warning("%s sent an unusable reply: %s", self._called(node), error)
             return None

@@ -26,7 +26,7 @@ from client.hospital import Hospital
 from client.rounds import check_same_study, training_release, training_request, training_round
 from client.training import Assignment
 from common.errors import RefusalError
-from common.flower import pack, unpack
+from common.flower import Unsent, unpack
 from common.learning.gradients import Engine, GhostNorms
 from common.learning.groups import Groups
 from common.learning.loop import Gradient
@@ -150,17 +150,24 @@ class StackedEngine:
         request = training_request(task)
         # Whatever the order of the messages, the same hospitals share a batch.
         messages = sorted(messages, key=lambda one: one.metadata.dst_node_id)
-        sizes = [round_.bytes_of(message.metadata.dst_node_id) for message in messages]
-        for tile in tiles(sizes, self._batch_bytes):
-            yield from self._together(round_, messages[tile], request)
+        nodes = [one.metadata.dst_node_id for one in messages]
+        for tile in tiles([round_.bytes_of(node) for node in nodes], self._batch_bytes):
+            given = self._together(round_, nodes[tile], request)
+            for message, one in zip(messages[tile], given, strict=True):
+                if isinstance(one, TrainReply):
+                    yield Unsent(one, reply_to=message)
+                else:
+                    yield Message(failure(one), reply_to=message)
 
-    def _together(self, round_: Round, messages: list[Message], request: str) -> Iterator[Message]:
-        """Replies of one batch of hospitals; one that refuses is left out of it."""
+    def _together(
+        self, round_: Round, nodes: Sequence[int], request: str
+    ) -> Iterator[TrainReply | Exception]:
+        """What each hospital of one batch answers; one that refuses is left out of it."""
         assignment = round_.assignment
         lanes: dict[int, Lane] = {}
         refusals: dict[int, Exception] = {}
-        for message in messages:
-            node, hospital = message.metadata.dst_node_id, self._hospital(message)
+        for node in nodes:
+            hospital = self._hospitals[node - 1]
             assert isinstance(hospital.guard, MemoryGuard)  # noqa: S101  (see _unlike)
             units = round_.cohort.records[node].units
             try:
@@ -173,18 +180,17 @@ class StackedEngine:
             else:
                 lanes[node] = Lane(node, hospital.declared_patients, stream)
         updates = dict(zip(lanes, updates_of(round_, list(lanes.values())), strict=True))
-        for message in messages:
-            node = message.metadata.dst_node_id
-            if node in refusals:
-                yield Message(failure(refusals[node]), reply_to=message)
-                continue
-            reply = TrainReply(
-                hospital=self._hospital(message).name,
-                stage=assignment.stage,
-                round=assignment.round,
-                update=updates[node],
+        for node in nodes:
+            yield (
+                refusals[node]
+                if node in refusals
+                else TrainReply(
+                    hospital=self._hospitals[node - 1].name,
+                    stage=assignment.stage,
+                    round=assignment.round,
+                    update=updates[node],
+                )
             )
-            yield Message(pack(reply), reply_to=message)
 
     def _unlike(self, messages: list[Message], study: Study) -> str | None:
         """Why these hospitals cannot be taken together; None when they can."""
@@ -237,7 +243,7 @@ def updates_of(round_: Round, lanes: Sequence[Lane]) -> Tensor:
         return assignment.update(records, lane.declared, lane.stream)[None]
     gradient = (_private if assignment.charge.plan.private else _plain)(round_, lanes)
     start = assignment.start.expand(len(lanes), -1)
-    return assignment.descend(gradient, start) - assignment.start
+    return assignment.descend(gradient, start).sub_(assignment.start)
 
 
 @dataclass(frozen=True)

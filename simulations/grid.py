@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Set
 from copy import deepcopy
+from itertools import count
 
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
@@ -24,6 +24,7 @@ class InProcessGrid(Grid):
         self._nodes = list(range(1, nodes + 1))
         self._backend = backend
         self._run = Run.create_empty(run_id=1)
+        self._numbers = count(1)
         self._replies: dict[str, Iterator[Message]] = {}
         self._ready: dict[str, Message] = {}
         # Flower stamps messages with the identity of the process's task; this process is it.
@@ -57,7 +58,7 @@ class InProcessGrid(Grid):
         """Queue one batch; it runs while its replies are pulled."""
         batch = []
         for message in messages:
-            message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+            message.metadata.__dict__["_message_id"] = str(next(self._numbers))
             batch.append(message)
         ids = [message.metadata.message_id for message in batch]
         replies = self._backend(batch)

@@ -30,7 +30,7 @@ from client.hospital import Hospital
 from client.rounds import training_release, training_request, training_round
 from client.training import Assignment, read_assignment
 from common.features import Scaling, scaling_tensor
-from common.flower import unpack
+from common.flower import read, unpack
 from common.learning.gradients import PerRecordGradients
 from common.learning.optimisers import learning_rate_at
 from common.privacy.budget import stage_charge
@@ -58,7 +58,7 @@ class Observer:
 
     def see(self, hospital: Hospital, message: Message, reply: Message) -> None:
         """Keep one round's weights and update, and what the update is without noise."""
-        task, seen = unpack(TrainTask, message.content), unpack(TrainReply, reply.content)
+        task, seen = unpack(TrainTask, message.content), read(TrainReply, reply)
         if task.stage != "finetune":
             return
         assignment = training_round(hospital.study, task)

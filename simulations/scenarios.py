@@ -8,7 +8,6 @@ Flower's own error for a node that is away: the coordinator goes on without wait
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -55,7 +54,7 @@ class Occasion:
     attempt: int
     question: str
 
-    @property
+    @cached_property
     def key(self) -> str:
         """For draws: one for each attempt at a round."""
         return f"{self.stage}/{self.round}/{self.attempt}"
@@ -184,7 +183,7 @@ class Scene:
                 yield 0.0, answer
                 continue
             reply = self._tampered(at, hospital, answer)
-            up = parcel_of(reply.content)
+            up = parcel_of(reply)
             arrival_s = self._clock.arrival_s(
                 hospital.name, at.key, down, up, self._records(at, hospital)
             )
@@ -263,13 +262,10 @@ def _rest(messages: list[Message], taken: list[Message]) -> list[Message]:
 
 
 def _measured(message: Message, sizes: dict[int, Parcel]) -> Parcel:
-    """A message's parcel; where many hospitals are sent one content, it is measured once.
-
-    On a copy: Flower leaves views of memory in what it takes apart, which cannot be copied again.
-    """
+    """A message's parcel; where many hospitals are sent one content, it is looked at once."""
     key = id(message.content)
     if key not in sizes:
-        sizes[key] = parcel_of(deepcopy(message.content))
+        sizes[key] = parcel_of(message)
     return sizes[key]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -74,7 +75,12 @@ def conduct_over(
     """Conduct ``study`` over a backend that answers for ``hospitals``, as its scenario says."""
     scene = open_scene(study, run, hospitals)
     server_app = build_server_app(lambda _: Job(study, run, corpus, watch, facts=scene.facts))
-    server_app(InProcessGrid(len(hospitals), scene.over(backend)), node_context(0))
+    grid = InProcessGrid(len(hospitals), scene.over(backend))
+    gc.freeze()  # all hospitals live as long as the run: looking for garbage there is in vain
+    try:
+        server_app(grid, node_context(0))
+    finally:
+        gc.unfreeze()
 
 
 def simulate(

@@ -17,7 +17,7 @@ from flwr.app import Message
 from numpy.typing import NDArray
 
 from client.hospital import Hospital
-from common.flower import pack, unpack
+from common.flower import pack, read
 from common.privacy.budget import stage_charge
 from common.scenario import AttackSpec
 from common.secagg import messages
@@ -41,7 +41,7 @@ class Tamperer:
 
     def update(self, hospital: Hospital, reply: Message) -> Message:
         """An update that is sent by itself."""
-        honest = unpack(TrainReply, reply.content)
+        honest = read(TrainReply, reply)
         if self.attack.kind == "wrong_vector":
             drawn = self._direction(hospital, honest.stage, honest.round, honest.update.numel())
             length = self.attack.strength * float(honest.update.norm())
@@ -55,7 +55,7 @@ class Tamperer:
 
         As long as ``factor`` times all the patients it declares pulling the same way.
         """
-        honest = unpack(AggregateReply, reply.content)
+        honest = read(AggregateReply, reply)
         assert hospital.aggregator is not None  # noqa: S101  (it has just answered a secure sum)
         body = bytearray(honest.message[: -messages.SIGNATURE_BYTES])
         vector = np.frombuffer(body, "<u4", offset=_VECTOR_AT)

@@ -10,16 +10,19 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import Array, Message
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from torch import Tensor
 
 from common.files import write_atomically
+from common.flower import Unsent, pack
 from common.scenario import NetworkSpec, StragglersSpec
 from simulations.draws import normal
 
@@ -48,37 +51,37 @@ class Parcel:
     parts: int
 
 
-def parcel_of(content: RecordDict) -> Parcel:
+def parcel_of(message: Message) -> Parcel:
     """Measures what Flower sends.
 
     Once for contents of one form, since serialising costs more than a hospital's work may: the
     size depends on names, numbers, and the lengths of texts and arrays.
     """
-    form = _form(content)
+    held = message.message if isinstance(message, Unsent) else None
+    form = _form(message.content if held is None else vars(held))
     if form not in _PARCELS:
         if len(_PARCELS) >= _MOST_FORMS:
             _PARCELS.clear()
+        # On a copy: Flower leaves views of memory in what it takes apart, which cannot be copied.
+        content = deepcopy(message.content) if held is None else pack(held)
         parts = get_all_nested_objects(content).values()
         _PARCELS[form] = Parcel(sum(len(one.deflate()) for one in parts), len(parts))
     return _PARCELS[form]
 
 
-def _form(content: RecordDict) -> tuple[Any, ...]:
-    return tuple((name, *_record_form(record)) for name, record in content.items())
-
-
-def _record_form(record: Any) -> Iterator[tuple[Any, ...]]:
-    if isinstance(record, ArrayRecord):
-        for key, one in record.items():
-            yield (key, one.dtype, tuple(one.shape), one.stype, len(one.data))
-        return
-    for key, value in record.items():
-        if isinstance(value, str):
-            yield key, "str", len(value.encode())
-        elif isinstance(value, bytes):
-            yield key, "bytes", len(value)
-        else:
-            yield key, type(value).__name__, repr(value)
+def _form(value: Any) -> Any:
+    """What the size of ``value`` depends on: Flower's records, or a wire message's fields."""
+    if isinstance(value, str):
+        return len(value.encode())
+    if isinstance(value, bytes):
+        return "bytes", len(value)
+    if isinstance(value, Tensor):
+        return "tensor", tuple(value.shape)
+    if isinstance(value, Array):
+        return value.dtype, tuple(value.shape), value.stype, len(value.data)
+    if hasattr(value, "items"):  # asking whether it is a Mapping takes as long as all the rest
+        return tuple((name, _form(one)) for name, one in value.items())
+    return type(value).__name__, repr(value)
 
 
 @dataclass(frozen=True, kw_only=True)

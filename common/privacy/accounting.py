@@ -178,13 +178,20 @@ def merged(events: Iterable[Event]) -> tuple[GaussianEvent, ...]:
     >>> merged([GaussianEvent(noise_multiplier=2.0)] * 4)
     (GaussianEvent(noise_multiplier=1.0, sampling_rate=1.0, steps=1),)
     """
-    steps: Counter[tuple[float, float]] = Counter()
-    for event in events:
+    known = tuple(events)
+    for event in known:
         if type(event) is not GaussianEvent:
             raise PrivacyError(
                 f"event: expected a GaussianEvent, found {type(event).__name__}; "
                 f"an unknown mechanism is unsupported, never free"
             )
+    return _merged(known)
+
+
+@lru_cache(maxsize=_CACHED_DISTRIBUTIONS)
+def _merged(events: tuple[GaussianEvent, ...]) -> tuple[GaussianEvent, ...]:
+    steps: Counter[tuple[float, float]] = Counter()
+    for event in events:
         steps[(event.sampling_rate, event.noise_multiplier)] += event.steps
     precision = math.fsum(count / noise**2 for (rate, noise), count in steps.items() if rate == 1)
     together = [

@@ -42,7 +42,7 @@ from common.tasks import task_of
 from common.tensors import get_vector, load_tensors, set_vector, trainable
 from server.conduct import Progress
 from server.store import RunFolder
-from simulations.bench.flower_ray import round_cpu_s
+from simulations.bench import flower_ray, pfl_loop
 from simulations.bench.models import VOCABULARY, lora_transformer
 from simulations.bench.usual import LEARNING_RATE, opacus_steps
 from simulations.engine import Cohort, Lane, Round, updates_of
@@ -85,6 +85,7 @@ def _work(study: Study, hospitals: int, records: int) -> dict[str, Any]:
         "ratio_to_nonprivate": ours / nonprivate,
         "opacus_loop_cpu_s": _opacus_loop(study, members),
         "plain_loop_cpu_s": _plain_loop(study, members),
+        "pfl_cpu_s": pfl_loop.round_cpu_s(study, _features(study), members),
         "flower_ray_cpu_s": _flower_ray(study, hospitals, records),
         "max_abs_diff": float((first - twin).abs().max()),
     }
@@ -180,7 +181,7 @@ def _flower_ray(study: Study, hospitals: int, records: int) -> float | None:
     """Flower's own simulation on Ray with an Opacus client; None without the extra."""
     if importlib.util.find_spec("ray") is None:
         return None
-    return round_cpu_s(study, hospitals, records)
+    return flower_ray.round_cpu_s(study, hospitals, records)
 
 
 def _cpu_s(work: Callable[[], object]) -> float:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
@@ -21,7 +22,7 @@ from client.hospital import Hospital
 from common import wire
 from common.errors import MessageError, RefusalError
 from common.features import FeatureMap, range_scaling, scaling_tensor
-from common.flower import pack, serialised, unpack
+from common.flower import Unsent, pack, read, serialised, unpack
 from common.study import Study
 from common.wire import (
     AggregateReply,
@@ -39,6 +40,8 @@ from common.wire import (
     from_parts,
     to_parts,
 )
+from simulations.grid import InProcessGrid
+from simulations.traffic import parcel_of
 
 ROOT = Path(__file__).parents[2]
 MakeHospital = Callable[..., Hospital]
@@ -264,6 +267,58 @@ def test_an_unpacked_array_belongs_to_its_receiver() -> None:
     unpack(TrainReply, content).update[0] = 9
     update[0] = 7
     assert unpack(TrainReply, content).update.tolist() == [1, 1, 1]
+
+
+def answered(update: torch.Tensor) -> tuple[Message, Message]:
+    """One reply twice: as it would be sent, and as it stays in its process."""
+    InProcessGrid(1, lambda _: iter(()))  # this process is the one that Flower stamps messages with
+    question = Message(pack(Hello(study_digest="d")), 1, "train")
+    reply = TrainReply(hospital="n", stage="finetune", round=1, update=update)
+    return Message(pack(reply), reply_to=question), Unsent(reply, reply_to=question)
+
+
+def test_a_reply_that_is_not_sent_holds_the_bytes_that_would_be() -> None:
+    sent, kept = answered(torch.arange(5.0))
+    assert parcel_of(kept) == parcel_of(sent)
+    assert kept.has_content()
+    assert read(TrainReply, kept).update.tolist() == read(TrainReply, sent).update.tolist()
+    parts, would = (get_all_nested_objects(one.content) for one in (sent, kept))
+    assert [one.deflate() for one in would.values()] == [one.deflate() for one in parts.values()]
+    assert kept.content is kept.content
+    assert read(TrainReply, kept).update.tolist() == [0, 1, 2, 3, 4]
+    kept.content = pack(replace(unpack(TrainReply, kept.content), hospital="other"))
+    assert read(TrainReply, kept).hospital == "other"
+
+
+def test_forms_of_different_size_are_measured_apart() -> None:
+    sizes = {parcel_of(answered(torch.zeros(length))[1]).size for length in (3, 4, 5)}
+    assert len(sizes) == 3
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_reply_that_is_not_sent_is_checked_all_the_same(bad: float) -> None:
+    for one in answered(torch.tensor([0.0, bad, -bad])):
+        with pytest.raises(MessageError, match="TrainReply: array 'update' holds values"):
+            read(TrainReply, one)
+
+
+def test_a_reply_that_is_not_sent_holds_float32_as_well() -> None:
+    sent, _ = answered(torch.zeros(2))
+    wide = TrainReply(hospital="n", stage="s", round=1, update=torch.zeros(2).double())
+    with pytest.raises(MessageError, match="expected float32"):
+        read(TrainReply, Unsent(wide, reply_to=sent))
+
+
+def test_a_reply_of_another_kind_is_refused_whether_sent_or_not() -> None:
+    for one in answered(torch.zeros(2)):
+        with pytest.raises(MessageError, match="EvaluateReply"):
+            read(EvaluateReply, one)
+
+
+def test_large_numbers_whose_sum_overflows_are_sound() -> None:
+    huge = torch.full((3,), 3e38)
+    for one in answered(huge):
+        assert torch.equal(read(TrainReply, one).update, huge)
 
 
 LAYOUTS = st.dictionaries(
