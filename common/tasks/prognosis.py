@@ -118,7 +118,7 @@ class Prognosis:
         )
         return each.sum(dim=1) * temperature**2
 
-    def predictions(self, answers: Tensor) -> Tensor:
+    def predictions(self, answers: Tensor, inputs: Tensor) -> Tensor:  # noqa: ARG002
         """Survival at each of the cuts [rows, cuts]."""
         return torch.exp(torch.cumsum(functional.logsigmoid(-self.logits(answers)), dim=1))
 

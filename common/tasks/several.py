@@ -48,7 +48,7 @@ class Several:
         wanted = torch.sigmoid(taught / temperature)
         return self.loss(answers / temperature, wanted) * temperature**2
 
-    def predictions(self, answers: Tensor) -> Tensor:
+    def predictions(self, answers: Tensor, inputs: Tensor) -> Tensor:  # noqa: ARG002
         """Probabilities [rows, outcomes]."""
         return torch.sigmoid(answers)
 
