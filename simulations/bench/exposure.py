@@ -40,7 +40,7 @@ _RATE = 0.5
 def exposure(_: Path) -> dict[str, Any]:
     """Mean exposure in bits, of at most 9.97 (``most``), of the patients' canaries and of secrets
     that nobody has; ``bits``: per byte of the other patients' texts."""
-    arms = {"nonprivate": None, "eps8": 8.0, "eps3": 3.0}
+    arms = {"nonprivate": None, "eps8": 8.0}
     found = over_seeds(partial(measured, noise=SecretNoise.generate()), arms, _SEEDS)
     return {"most": math.log2(_CANARY.secrets), **figures(found, _SEEDS)}
 
