@@ -10,7 +10,7 @@ from client.hospital import Hospital, units_of
 from client.training import Assignment, charge_of, features_of, load_student, read_assignment
 from common.errors import RefusalError
 from common.features import FeatureMap, moment_contributions
-from common.learning.evaluate import answer
+from common.learning.evaluate import predictions
 from common.models import Student
 from common.privacy.budget import Charge, budget_of, evaluation_budget_of, evaluation_charge
 from common.privacy.plan import StepPlan, combine_records
@@ -154,9 +154,9 @@ def scores_by_unit(
     """Each unit's part in what is released of the evaluation [units, length]."""
     study = hospital.study
     owners, _ = units_of(table, study.privacy.unit)
-    task, answers = task_of(study), answer(student, features.encode(table))
-    predictions = task.predictions(answers).double().numpy()
-    each = task.contributions(table.labels, predictions, owners, study.evaluation.bins)
+    task = task_of(study)
+    found = predictions(task, student, features.encode(table))
+    each = task.contributions(table.labels, found, owners, study.evaluation.bins)
     return torch.from_numpy(each)
 
 

@@ -15,6 +15,8 @@ from common.labels import Label, Scalar
 from common.pins import Pinned
 from common.strict import Count, Strict
 
+BYTES = 258  # ids of ``tokenizer = "bytes"``: every byte, padding and a text's end
+
 _ALONE = ("image", "text", "molecule")  # kinds that are a whole record
 
 
@@ -36,8 +38,9 @@ class Column(Strict):
     ``keep``: the model sees only so many buckets, the most frequent ones of the public corpus or of
     all patients (charged), as the study's ``scaling`` says; all of them if left out.
     ``length``: how many tokens of a text are read. ``vocabulary``: how many different tokens there
-    are, padding among them. ``tokenizer``: the file ``tokenizer.json`` of a pre-trained model; left
-    out, words are hashed into the vocabulary.
+    are, padding among them. ``tokenizer``: the file ``tokenizer.json`` of a pre-trained model, or
+    ``bytes`` for a text's own bytes, a rule that needs no file and whose ids can be read again;
+    left out, words are hashed into the vocabulary.
     ``bits``: length of a molecule's fingerprint. ``atoms``: the most atoms of its graph, for
     networks of ``kind = "graph"``. ``tokens``: the most tokens of its SMILES, for networks of
     ``kind = "transformer"``.
@@ -53,7 +56,7 @@ class Column(Strict):
     shape: tuple[int, int] | None = None
     length: Count | None = None
     vocabulary: Annotated[int, Field(ge=16, lt=2**31)] | None = None
-    tokenizer: Pinned | None = None
+    tokenizer: Pinned | Literal["bytes"] | None = None
     missing: tuple[Scalar, ...] = ()
     optional: bool = True
     standardise: bool = False
@@ -121,6 +124,11 @@ def _text_problem(column: Column) -> str:
             f"a text column needs length and vocabulary, in tokens, "
             f"found {column.length} and {column.vocabulary}"
         )
+    if column.tokenizer == "bytes" and column.vocabulary != BYTES:
+        return (
+            f"tokenizer = 'bytes' has vocabulary = {BYTES} (256 bytes, padding, a text's end), "
+            f"found {column.vocabulary}"
+        )
     return ""
 
 
@@ -174,6 +182,12 @@ class Dictionary(Strict):
         """What a record is: ``table``, ``image``, ``text`` or ``molecule``."""
         kind = self.columns[0].kind
         return kind if kind in _ALONE else "table"
+
+    @property
+    def asks(self) -> str:
+        """What a model must be made for: its ``modality``, or ``language`` where the answer is the
+        text itself."""
+        return "language" if self.label.kind == "text" else self.modality
 
     @property
     def image_shape(self) -> tuple[int, int] | None:

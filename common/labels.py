@@ -7,7 +7,7 @@ left out, it is ``classes``.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -305,11 +305,40 @@ class SeveralLabel(Strict):
         ]
 
 
+class TextLabel(Strict):
+    """The text itself: each of its tokens is told from those before it. There is no column beside
+    the record's own. Labels are its token ids, int32 [rows, length], 0 behind a text's end;
+    [rows, 0] where they are not to be looked at."""
+
+    kind: Literal["text"]
+
+    name: ClassVar[str] = "text"
+    columns: ClassVar[tuple[str, ...]] = ()
+    groups: ClassVar[int] = 1
+
+    def words(self) -> str:
+        """What is asked, for a reader."""
+        return "continue texts, token by token"
+
+    def unknown(self, rows: int) -> NDArray[Any]:
+        """Labels of ``rows`` records of which nothing is known."""
+        return np.zeros((rows, 0), dtype=np.int32)
+
+    def strata(self, labels: NDArray[Any]) -> NDArray[np.int64]:
+        """All alike."""
+        return np.zeros(len(labels), dtype=np.int64)
+
+    def cells(self, label: Any) -> list[Any]:  # noqa: ARG002
+        """None: the record says it all."""
+        return []
+
+
 Label = Annotated[
     Annotated[ClassLabel, Tag("classes")]
     | Annotated[SurvivalLabel, Tag("survival")]
     | Annotated[NumberLabel, Tag("number")]
     | Annotated[EffectLabel, Tag("effect")]
-    | Annotated[SeveralLabel, Tag("several")],
+    | Annotated[SeveralLabel, Tag("several")]
+    | Annotated[TextLabel, Tag("text")],
     told_by_kind("classes"),
 ]

@@ -106,6 +106,25 @@ class TransformerSpec(Strict):
         return self
 
 
+class CausalSpec(Strict):
+    """Attention over the tokens before each, for ``task = "language"``; trained from nothing."""
+
+    reads: ClassVar[tuple[str, ...]] = ("language",)
+
+    kind: Literal["causal"]
+    width: Count = 64
+    layers: Count = 2
+    heads: Count = 4
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(
+                f"expected a width that heads divide, found {self.width} and {self.heads}"
+            )
+        return self
+
+
 class PretrainedSpec(Pinned):
     """A model that others pre-trained, for texts; a teacher only, and never fetched.
 
@@ -127,7 +146,7 @@ class OwnSpec(Strict):
     ``module:object``. ``settings``: what it wants to know.
     """
 
-    reads: ClassVar[tuple[str, ...]] = ("table", "image", "text", "molecule")
+    reads: ClassVar[tuple[str, ...]] = ("table", "image", "text", "molecule", "language")
 
     kind: Literal["own"]
     family: str = Field(min_length=1)
@@ -170,6 +189,7 @@ _Spec = (
     | VitSpec
     | GraphSpec
     | TransformerSpec
+    | CausalSpec
     | PretrainedSpec
     | OwnSpec
 )
@@ -181,6 +201,7 @@ MODELS: tuple[type[_Spec], ...] = (
     VitSpec,
     GraphSpec,
     TransformerSpec,
+    CausalSpec,
     PretrainedSpec,
     OwnSpec,
 )
@@ -192,6 +213,7 @@ ModelSpec = Annotated[
     | Annotated[VitSpec, Tag("vit")]
     | Annotated[GraphSpec, Tag("graph")]
     | Annotated[TransformerSpec, Tag("transformer")]
+    | Annotated[CausalSpec, Tag("causal")]
     | Annotated[PretrainedSpec, Tag("pretrained")]
     | Annotated[OwnSpec, Tag("own")],
     told_by_kind("mlp"),

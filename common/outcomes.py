@@ -10,7 +10,14 @@ from numpy.typing import NDArray
 
 from common.columns import NumericReading, absent_words, key_of, keys_of, recoding
 from common.dictionary import Column
-from common.labels import ClassLabel, EffectLabel, NumberLabel, SeveralLabel, SurvivalLabel
+from common.labels import (
+    ClassLabel,
+    EffectLabel,
+    NumberLabel,
+    SeveralLabel,
+    SurvivalLabel,
+    TextLabel,
+)
 from common.sources import ColumnMapping
 
 _EXAMPLES = 3
@@ -24,7 +31,7 @@ class Outcome(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The study columns whose cells it needs."""
+        """The study columns whose cells it needs; none: it is read from the record's own values."""
 
     def read(self, *cells: NDArray[Any]) -> tuple[NDArray[Any], Booleans]:
         """Labels [rows, …] of one chunk, and which rows have one [rows]."""
@@ -135,6 +142,24 @@ class Several:
         return [line for one in self._each for line in one.problems("meaning")]
 
 
+class Text:
+    """The record's own token ids, int32 [rows, length]."""
+
+    names: tuple[str, ...] = ()
+
+    def __init__(self, label: TextLabel, mapping: ColumnMapping) -> None:
+        """Everything is in the record."""
+
+    def read(self, *cells: NDArray[Any]) -> tuple[NDArray[Any], Booleans]:
+        """A text of no tokens says nothing."""
+        (ids,) = cells
+        return ids, np.asarray(ids.any(axis=1), dtype=bool)
+
+    def problems(self) -> list[str]:
+        """None of its own."""
+        return []
+
+
 class _Codes:
     """Values looked up in groups: the group's number, or -1."""
 
@@ -205,4 +230,5 @@ _OUTCOMES: Mapping[str, Callable[[Any, ColumnMapping], Outcome]] = {
     "number": Number,
     "effect": Effect,
     "several": Several,
+    "text": Text,
 }

@@ -193,14 +193,13 @@ class Study(Strict):
         from common.tasks import task_named  # noqa: PLC0415 (torch: only who reads a study needs it)
 
         task = task_named(self.task, self.dictionary)
-        modality = self.dictionary.modality
+        modality, asks = self.dictionary.modality, self.dictionary.asks
         for role, spec in (("teacher", self.teacher), ("student", self.student)):
-            if modality not in spec.reads:
-                fitting = [one for one in MODELS if modality in one.reads]
+            if asks not in spec.reads:
+                fitting = [one for one in MODELS if asks in one.reads]
                 names = " or ".join(repr(kind_of(one)) for one in fitting)
                 raise ValueError(
-                    f"{role}.kind: expected {names} for records of kind {modality}, "
-                    f"found {spec.kind!r}"
+                    f"{role}.kind: expected {names} for records of kind {asks}, found {spec.kind!r}"
                 )
         if isinstance(self.student, MlpSpec) and self.student.skip:
             raise ValueError("student.skip: a student is one plain network; leave it out")

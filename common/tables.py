@@ -148,7 +148,8 @@ def harmonise(
         count = len(parts[0])
         labels, keep = dictionary.label.unknown(count), np.ones(count, dtype=bool)
         if outcome is not None:
-            labels, keep = outcome.read(*(chunk[found[name]] for name in outcome.names))
+            cells = [chunk[found[name]] for name in outcome.names]
+            labels, keep = outcome.read(*(cells or parts))
         unlabelled += int((~keep).sum())
         if dictionary.modality == "molecule":
             keep = keep & (parts[0] != b"")

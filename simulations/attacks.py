@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.hospital import Hospital
-from common.learning.evaluate import answer
+from common.learning.evaluate import predictions
 from common.study import Study
 from common.tasks import Floats, Measure, task_of
 from server.conduct import Progress
@@ -128,12 +128,7 @@ def _predictions(
     if triggered and attack is not None:
         tables = [stamp(attack, table) for table in tables]
     task = task_of(study)
-    return np.concatenate(
-        [
-            task.predictions(answer(model, features.encode(table))).double().numpy()
-            for table in tables
-        ]
-    )
+    return np.concatenate([predictions(task, model, features.encode(table)) for table in tables])
 
 
 def _share(labels: NDArray[Any], hit: Floats) -> float:  # noqa: ARG001 - a figure has labels

@@ -24,6 +24,7 @@ from server.cli import coordinator_app
 from simulations.audit_cli import audit_app
 from simulations.cost_cli import cost
 from simulations.data_cli import data_app
+from simulations.generate_cli import generate
 from simulations.options import (
     DATA_HOME,
     DataOption,
@@ -225,6 +226,12 @@ def split(
         {"folder": str(to), "hospitals": {s.name: declared(s.table) for s in world.sites}},
         f"{len(world.sites)} hospitals below {to}/hospitals",
     )
+
+
+app.command(
+    rich_help_panel="Researcher",
+    epilog='Example: consilium generate runs/language --prompt "A 40-year-old" --seed 1',
+)(generate)
 
 
 @app.command(rich_help_panel="Researcher", epilog="Example: consilium scenarios --json")

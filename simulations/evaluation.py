@@ -18,7 +18,7 @@ from torch import nn
 from client.hospital import Hospital
 from client.training import load_student, load_teacher
 from common.features import FeatureMap, Scaling
-from common.learning.evaluate import answer
+from common.learning.evaluate import predictions
 from common.models import Student, Teacher, learner
 from common.study import Study
 from common.tasks import Floats, task_of
@@ -55,7 +55,7 @@ def score(
             study,
             hospital.name,
             hospital.test.labels,
-            task.predictions(answer(model, features.encode(hospital.test))).double().numpy(),
+            predictions(task, model, features.encode(hospital.test)),
         )
         for hospital in hospitals
     ]

@@ -77,7 +77,10 @@ def made_up_table(study: Study, patients: int) -> Table:
     generator = np.random.default_rng(0)
     dictionary = study.dictionary
     columns = {one.name: _cells(one, patients, generator) for one in dictionary.columns}
-    labels = _labels(dictionary.label, patients, generator)
+    if dictionary.label.kind == "text":
+        labels = columns[dictionary.columns[0].name]
+    else:
+        labels = _labels(dictionary.label, patients, generator)
     return rows_of(study, columns, labels, [f"p{one}" for one in range(patients)])
 
 

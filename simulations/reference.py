@@ -18,7 +18,14 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from common.dictionary import Column, Dictionary
-from common.labels import ClassLabel, EffectLabel, NumberLabel, SeveralLabel, SurvivalLabel
+from common.labels import (
+    ClassLabel,
+    EffectLabel,
+    NumberLabel,
+    SeveralLabel,
+    SurvivalLabel,
+    TextLabel,
+)
 from common.modelspec import MODELS, kind_of
 from common.scenario import (
     AttackSpec,
@@ -90,6 +97,7 @@ _SECTIONS: tuple[tuple[str, type[Strict]], ...] = (
     ("[dictionary.label], kind = 'number'", NumberLabel),
     ("[dictionary.label], kind = 'effect'", EffectLabel),
     ("[dictionary.label], kind = 'several'", SeveralLabel),
+    ("[dictionary.label], kind = 'text'", TextLabel),
     ("[[dictionary.columns]]", Column),
 )
 

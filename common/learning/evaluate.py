@@ -9,6 +9,7 @@ from common.models.checks import check_records_apart
 from common.models.networks import Teacher
 from common.models.sizes import record_numbers, rows_at_once
 from common.place import beside, device_of
+from common.tasks.task import Floats, Task
 
 
 def answer(model: nn.Module, inputs: Tensor) -> Tensor:
@@ -19,6 +20,18 @@ def answer(model: nn.Module, inputs: Tensor) -> Tensor:
     model.eval()
     with torch.no_grad():
         return torch.cat([model(*beside(model, part)).cpu() for part in _parts(model, inputs)])
+
+
+def predictions(task: Task, model: nn.Module, inputs: Tensor) -> Floats:
+    """What the model says to a reader of each record [rows, …]; as ``answer``, and no more of the
+    answers is held than of a part of the records."""
+    model.eval()
+    with torch.no_grad():
+        parts = [
+            task.predictions(model(*beside(model, part)).cpu(), part)
+            for part in _parts(model, inputs)
+        ]
+    return torch.cat(parts).double().numpy()
 
 
 def codes(teacher: Teacher, inputs: Tensor) -> Tensor:

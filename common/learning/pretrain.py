@@ -1,5 +1,7 @@
 """Self-supervised pre-training on the public corpus: hide part of a record, reconstruct it.
 
+A model of language learns on public texts what it learns on patients' ones: the next token.
+
 Masked modelling is a sum over records. Contrastive losses are not (one record moves the others'
 gradients), so they could never be carried over to patients' data.
 """
@@ -7,6 +9,9 @@ gradients), so they could never be carried over to patients' data.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +28,7 @@ from common.models.transformer import TokenEncoder, longest
 from common.modelspec import VitSpec
 from common.place import at_work, beside, here, wide
 from common.study import Study
+from common.tasks import Task, task_of
 from common.tensors import get_vector, set_vector
 from common.text import PADDING
 
@@ -43,20 +49,15 @@ def pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tenso
         if isinstance(teacher.encoder, Components):
             teacher.encoder.fit(corpus)
             return math.nan
-        with uncorrected(teacher.encoder):
+        with uncorrected(teacher):
             return _pretrain(study, teacher, features, corpus)
 
 
 def _pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tensor) -> float:
     spec = study.pretrain
-    encoder = teacher.encoder
-    if isinstance(encoder, TokenEncoder):
-        corpus = encoder.tokens(corpus)
-        decoder, hidden_loss = nn.Linear(teacher.width, encoder.hidden_id), _hidden_tokens
-    else:
-        decoder, hidden_loss = nn.Linear(teacher.width, corpus[0].numel()), _hidden_error
-    initialise(decoder, seed=study.seed + 2)
-    pair = nn.Sequential(encoder, decoder).to(here().device)
+    if isinstance(teacher.encoder, TokenEncoder):
+        corpus = teacher.encoder.tokens(corpus)
+    pair, loss = _question(study, teacher, corpus)
     generator = torch.Generator().manual_seed(study.seed)
     held = max(1, len(corpus) // _WATCHED_SHARE)
     watched, training = corpus[:held], corpus[held:] if len(corpus) > held else corpus
@@ -71,12 +72,12 @@ def _pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tens
     def objective() -> Tensor:
         rows = torch.randint(len(training), (spec.batch,), generator=generator)
         batch = training[rows]
-        return hidden_loss(pair, *beside(pair, batch, mask(batch, generator)))
+        return loss(pair, *beside(pair, batch, mask(batch, generator)))
 
     def watch(weights: Tensor) -> float:
         set_vector(pair, weights)
         with torch.no_grad():
-            return float(hidden_loss(pair, *beside(pair, watched, watched_mask)))
+            return float(loss(pair, *beside(pair, watched, watched_mask)))
 
     start = get_vector(pair)
     weights = (
@@ -87,6 +88,22 @@ def _pretrain(study: Study, teacher: Teacher, features: FeatureMap, corpus: Tens
         )
     )
     return watch(weights)
+
+
+def _question(
+    study: Study, teacher: Teacher, corpus: Tensor
+) -> tuple[nn.Module, Callable[[Any, Tensor, Tensor], Tensor]]:
+    """What learns, and its loss on a batch and what is hidden of it."""
+    if study.dictionary.asks == "language":
+        return teacher, partial(_next_tokens, task_of(study))
+    encoder = teacher.encoder
+    if isinstance(encoder, TokenEncoder):
+        outputs, loss = encoder.hidden_id, _hidden_tokens
+    else:
+        outputs, loss = corpus[0].numel(), _hidden_error
+    decoder = nn.Linear(teacher.width, outputs)
+    initialise(decoder, seed=study.seed + 2)
+    return nn.Sequential(encoder, decoder).to(here().device), loss
 
 
 def mask_for(
@@ -116,6 +133,13 @@ def mask_for(
     )
     grown = patches.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
     return grown[:, :, :height, :width]
+
+
+def _next_tokens(task: Task, teacher: nn.Module, batch: Tensor, _: Tensor) -> Tensor:
+    """The task's own loss; nothing is hidden but what comes after."""
+    with here().passing():
+        answers = teacher(batch)
+    return task.loss(wide(answers), batch).mean()
 
 
 def _hidden_error(pair: nn.Sequential, batch: Tensor, mask: Tensor) -> Tensor:

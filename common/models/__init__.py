@@ -34,11 +34,14 @@ def build_teacher(study: Study, features: FeatureMap) -> Teacher:
     with _drawing(study.seed):
         encoder, width = family_of(spec).encoder(spec, features)
     skip = features.numbers if isinstance(spec, MlpSpec) and spec.skip else 0
-    teacher = Teacher(encoder, width=width, skip=skip, outputs=task_of(study).outputs)
+    outputs, speaks = task_of(study).outputs, study.dictionary.asks == "language"
+    teacher = Teacher(encoder, width=width, skip=skip, outputs=outputs, bias=not speaks)
     initialise(teacher, seed=study.seed)
-    nn.init.zeros_(teacher.head.weight)  # before the first patient, no opinion
+    if not speaks:
+        nn.init.zeros_(teacher.head.weight)  # before the first patient, no opinion
     if study.finetune.lora is not None:
-        _adapt(encoder, study.finetune.lora, seed=study.seed)
+        # A head that learned on public texts is a layer like others: frozen, or corrected by name.
+        _adapt(teacher if speaks else encoder, study.finetune.lora, seed=study.seed)
     return teacher
 
 

@@ -8,11 +8,16 @@ from torch.nn import functional
 
 
 class SelfAttention(nn.Module):
-    """Attention over all positions, made of Linear layers: [rows, T, width] → the same."""
+    """Attention over all positions, made of Linear layers: [rows, T, width] → the same.
 
-    def __init__(self, width: int, heads: int) -> None:
+    ``causal``: of each position over itself and those before it. Then no ``present`` is needed:
+    padding lies behind all that a text's own positions look at.
+    """
+
+    def __init__(self, width: int, heads: int, *, causal: bool = False) -> None:
         super().__init__()
         self.heads = heads
+        self.causal = causal
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
@@ -30,17 +35,19 @@ class SelfAttention(nn.Module):
         # Finite, so that a record without any token has an answer, and gradients.
         least = torch.finfo(inputs.dtype).min
         mask = None if present is None else (~present[:, None, None]).to(inputs.dtype) * least
-        mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        mixed = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=self.causal
+        )
         return self.out(mixed.transpose(1, 2).reshape(rows, positions, width))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
     """One pre-norm transformer layer; its MLP is ``wider`` times as wide."""
 
-    def __init__(self, width: int, heads: int, *, wider: int = 4) -> None:
+    def __init__(self, width: int, heads: int, *, wider: int = 4, causal: bool = False) -> None:
         super().__init__()
         self.first_norm = nn.LayerNorm(width)
-        self.attention = SelfAttention(width, heads)
+        self.attention = SelfAttention(width, heads, causal=causal)
         self.second_norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, wider * width)
         self.down = nn.Linear(wider * width, width)

@@ -11,6 +11,7 @@ from torch import nn
 from common import plugins
 from common.errors import StudyError
 from common.features import FeatureMap
+from common.models.causal import CausalEncoder
 from common.models.components import Components
 from common.models.graphs import GraphEncoder
 from common.models.networks import First, image_encoder, image_student, table_encoder
@@ -26,7 +27,8 @@ Encoder = Callable[[Any, FeatureMap], tuple[nn.Module, int]]
 class Family:
     """``encoder(spec, features)``: records → code [rows, width], and that width.
 
-    ``student(spec, features, outputs)``: records → answers [rows, outputs].
+    ``student(spec, features, outputs)``: records → answers [rows, outputs]. Where texts are asked
+    for themselves, code and answer are of each token: [rows, T, width] and [rows, T, outputs].
     """
 
     encoder: Encoder
@@ -99,6 +101,24 @@ def _transformer_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, in
     return encoder, spec.width
 
 
+def _causal_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
+    assert features.text_shape is not None  # noqa: S101  (only texts are asked for themselves)
+    length, vocabulary = features.text_shape
+    encoder = CausalEncoder(
+        vocabulary=vocabulary,
+        length=length,
+        width=spec.width,
+        layers=spec.layers,
+        heads=spec.heads,
+    )
+    return encoder, spec.width
+
+
+def _causal_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:
+    encoder, width = _causal_encoder(spec, features)
+    return nn.Sequential(encoder, nn.Linear(width, outputs, bias=False))
+
+
 def _pretrained_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
     encoder = PinnedEncoder(spec, features)
     return encoder, encoder.width
@@ -118,6 +138,7 @@ _FAMILIES: Mapping[str, Family] = {
     "components": Family(_components_encoder, _no_student),
     "graph": _like_its_teacher(_graph_encoder),
     "transformer": _like_its_teacher(_transformer_encoder),
+    "causal": Family(_causal_encoder, _causal_student),
     "pretrained": Family(_pretrained_encoder, _no_student),
 }
 

@@ -15,15 +15,17 @@ class Teacher(nn.Module):
     """An encoder, pre-trained on public data, and a linear head for the study's question.
 
     ``skip`` > 0: the head also sees the first ``skip`` raw inputs ("wide and deep", Cheng et al.
-    2016): under strong noise the linear part learns first.
+    2016): under strong noise the linear part learns first. ``bias``: the head has one.
     """
 
-    def __init__(self, encoder: nn.Module, *, width: int, skip: int, outputs: int) -> None:
+    def __init__(
+        self, encoder: nn.Module, *, width: int, skip: int, outputs: int, bias: bool = True
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.width = width
         self.skip = skip
-        self.head = nn.Linear(width + skip, outputs)
+        self.head = nn.Linear(width + skip, outputs, bias=bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Answers [rows, outputs]."""

@@ -10,6 +10,7 @@ from common import plugins
 from common.dictionary import Dictionary
 from common.errors import nearest
 from common.tasks.classification import classification
+from common.tasks.language import language
 from common.tasks.prognosis import prognosis, prognosis_by_mass
 from common.tasks.regression import regression
 from common.tasks.several import several
@@ -40,6 +41,7 @@ TASKS: dict[str, Entry] = {
     "diagnosis": Entry(classification, ("table",), ("classes",)),
     "imaging": Entry(classification, ("image",), ("classes",)),
     "notes": Entry(classification, ("text",), ("classes",)),
+    "language": Entry(language, ("text",), ("text",)),
     "screening": Entry(classification, ("molecule",), ("classes",)),
     "regression": Entry(regression, ("table", "image", "text", "molecule"), ("number",)),
     "several": Entry(several, ("table", "image", "text", "molecule"), ("several",)),

@@ -127,7 +127,7 @@ class Prognosis:
         )
         return each.sum(dim=1) * temperature**2
 
-    def predictions(self, answers: Tensor) -> Tensor:
+    def predictions(self, answers: Tensor, inputs: Tensor) -> Tensor:  # noqa: ARG002
         """Survival at each of the cuts [rows, cuts]."""
         import torch
         from torch.nn import functional

@@ -53,7 +53,7 @@ class Regression:
         """The same, to the teacher's number; there is nothing to soften."""
         return self.loss(answers, taught)
 
-    def predictions(self, answers: Tensor) -> Tensor:
+    def predictions(self, answers: Tensor, inputs: Tensor) -> Tensor:  # noqa: ARG002
         """Numbers in the label's unit, held within its range [rows, 1]."""
         return (answers * self.spread + self.middle).clamp(*self.range)
 

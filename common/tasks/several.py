@@ -55,7 +55,7 @@ class Several:
         wanted = torch.sigmoid(taught / temperature)
         return self.loss(answers / temperature, wanted) * temperature**2
 
-    def predictions(self, answers: Tensor) -> Tensor:
+    def predictions(self, answers: Tensor, inputs: Tensor) -> Tensor:  # noqa: ARG002
         """Probabilities [rows, outcomes]."""
         import torch
 

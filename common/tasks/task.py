@@ -71,7 +71,7 @@ class Task(Protocol):
 
     @property
     def outputs(self) -> int:
-        """Width of a model's answer."""
+        """Width of a model's answer, or of its answer at each token of a text."""
         ...
 
     def targets(self, labels: NDArray[Any]) -> Tensor:
@@ -79,15 +79,18 @@ class Task(Protocol):
         ...
 
     def loss(self, answers: Tensor, targets: Tensor) -> Tensor:
-        """Loss of each record [rows] from answers [rows, outputs] and targets [rows, …]."""
+        """Loss of each record [rows] from answers [rows, …, outputs] and targets [rows, …]."""
         ...
 
     def distill_loss(self, answers: Tensor, taught: Tensor, temperature: float) -> Tensor:
         """Distance of the student's answers to the teacher's, per record [rows]."""
         ...
 
-    def predictions(self, answers: Tensor) -> Tensor:
-        """What an answer says to a reader [rows, …]: probabilities, a curve, an effect."""
+    def predictions(self, answers: Tensor, inputs: Tensor) -> Tensor:
+        """What an answer says to a reader [rows, …]: probabilities, a curve, an effect.
+
+        ``inputs`` [rows, …]: the records that were answered, for a task that asks about them.
+        """
         ...
 
     def figures(self, labels: NDArray[Any], predictions: Floats) -> dict[str, float]:

@@ -93,7 +93,7 @@ class Treatment(Unreleased):
         apart = (answers[:, :2] - taught[:, :2]).square().sum(dim=1)
         return apart + _ALPHA * chance * temperature**2
 
-    def predictions(self, answers: Tensor) -> Tensor:
+    def predictions(self, answers: Tensor, inputs: Tensor) -> Tensor:  # noqa: ARG002
         """[rows, 3]: outcome without and with treatment in the label's unit, and propensity."""
         import torch
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from simulations.bench.accuracy import ROWS, Row, accuracy
 from simulations.bench.distributed import distributed
+from simulations.bench.exposure import exposure
 from simulations.bench.gpu import gpu
 from simulations.bench.load import load
 from simulations.bench.pretraining import pretraining
@@ -18,6 +19,7 @@ from simulations.bench.simulation import simulation
 
 BENCHES: dict[str, Callable[[Path], dict[str, Any] | None]] = {
     "distributed": distributed,
+    "exposure": exposure,
     "gpu": gpu,
     "load": load,
     "pretraining": pretraining,

@@ -11,6 +11,7 @@ import numpy as np
 
 from common.study import Study, load_study
 from simulations.bench.accuracy_imaging import imaging
+from simulations.bench.accuracy_language import language
 from simulations.bench.accuracy_molecules import molecules
 from simulations.bench.accuracy_notes import notes
 from simulations.bench.accuracy_prognosis import prognosis
@@ -107,6 +108,7 @@ ROWS: dict[str, Row] = {
     "prognosis": prognosis,
     "treatment": treatment,
     "notes": notes,
+    "language": language,
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from client.sources.reading import read_public
-from common.learning.evaluate import answer
+from common.learning.evaluate import predictions
 from common.study import Study, load_study
 from common.tables import Table
 from common.tasks import task_of
@@ -79,5 +79,5 @@ def published(study: Study, folder: Path, part: str) -> Table:
 def auc_on(table: Table, study: Study, model: nn.Module, run: Trained) -> float:
     """AUC of one of the run's models on ``table``."""
     task = task_of(study)
-    answers = answer(model, run.features.encode(table))
-    return task.figures(table.labels, task.predictions(answers).double().numpy())["auc"]
+    found = predictions(task, model, run.features.encode(table))
+    return task.figures(table.labels, found)["auc"]

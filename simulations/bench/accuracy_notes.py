@@ -15,7 +15,7 @@ from torch import nn
 
 from client.sources.reading import read_public
 from common.errors import StudyError
-from common.learning.evaluate import answer
+from common.learning.evaluate import predictions
 from common.localmodels import HOME, file_of
 from common.modelspec import PretrainedSpec
 from common.study import Study, load_study
@@ -69,8 +69,8 @@ def _score(study: Study, seed: int, *, folder: Path) -> Mapping[str, float]:
 
 def _accuracy(test: Table, study: Study, model: nn.Module, done: Trained) -> float:
     task = task_of(study)
-    predictions = task.predictions(answer(model, done.features.encode(test))).double().numpy()
-    return task.figures(test.labels, predictions)["accuracy"]
+    found = predictions(task, model, done.features.encode(test))
+    return task.figures(test.labels, found)["accuracy"]
 
 
 def _published(study: Study, folder: Path) -> Table:

@@ -36,7 +36,7 @@ def task(name: str = "prognosis", **changes: Any) -> Prognosis:
 
 
 def hazards(one: Prognosis, answers: torch.Tensor) -> np.ndarray:
-    survival = one.predictions(answers).numpy()
+    survival = one.predictions(answers, answers).numpy()
     return 1 - survival / np.concatenate([np.ones((len(survival), 1)), survival[:, :-1]], axis=1)
 
 
@@ -47,7 +47,7 @@ def test_loss_is_the_likelihood_of_each_patient(name: str) -> None:
     answers = torch.randn(5, one.outputs, generator=torch.Generator().manual_seed(0))
     labels = np.array([[5, 1], [20, 1], [14, 0], [16, 0], [60, 1]], np.float32)
     found = one.loss(answers, one.targets(labels)).numpy()
-    h, s = hazards(one, answers), one.predictions(answers).numpy()
+    h, s = hazards(one, answers), one.predictions(answers, answers).numpy()
     wanted = [
         -math.log(h[0, 0]),
         -math.log(h[1, 1] * s[1, 0]),  # at a cut: the interval that ends there
@@ -62,13 +62,16 @@ def test_mass_form_is_a_softmax_over_when() -> None:
     one = task("prognosis-mass")
     answers = torch.tensor([[0.0, 5.0, 0.0, -5.0]])
     mass = torch.softmax(torch.tensor([1.0, 0.0, -1.0, 0.0]), 0).cumsum(0)[:3]
-    assert one.predictions(answers)[0].numpy() == pytest.approx((1 - mass).numpy(), abs=1e-6)
+    assert one.predictions(answers, answers)[0].numpy() == pytest.approx(
+        (1 - mass).numpy(), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["prognosis", "prognosis-mass"])
 def test_answers_of_zero_say_what_is_published(name: str) -> None:
     one = task(name, typical=[0.9, 0.8, 0.5])
-    curve = one.predictions(torch.zeros(1, one.outputs))[0].numpy()
+    zeros = torch.zeros(1, one.outputs)
+    curve = one.predictions(zeros, zeros)[0].numpy()
     assert curve == pytest.approx([0.9, 0.8, 0.5], abs=1e-6)
 
 

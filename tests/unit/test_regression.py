@@ -29,8 +29,8 @@ def test_targets_and_predictions_are_inverse_and_within_the_range() -> None:
     labels = np.array([[40.0], [55.0]], dtype=np.float32)
     targets = TASK.targets(labels)
     assert targets.tolist() == [[0.0], [1.5]]
-    torch.testing.assert_close(TASK.predictions(targets), torch.from_numpy(labels))
-    assert TASK.predictions(torch.tensor([[-50.0], [50.0]])).tolist() == [[0.0], [100.0]]
+    torch.testing.assert_close(TASK.predictions(targets, targets), torch.from_numpy(labels))
+    assert TASK.predictions(torch.tensor([[-50.0], [50.0]]), targets).tolist() == [[0.0], [100.0]]
 
 
 def test_the_loss_is_per_record_half_the_squared_error() -> None:

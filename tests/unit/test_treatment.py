@@ -65,8 +65,8 @@ def test_nothing_is_learned_from_the_truth() -> None:
 
 def test_predictions_are_in_the_labels_unit() -> None:
     answers = torch.tensor([[0.5, 1.0, 0.0]])
-    assert task().predictions(answers)[0].tolist() == [11.0, 12.0, 0.5]
-    assert task("treatment-effect").predictions(answers)[0].tolist() == [11.0, 13.0, 0.5]
+    assert task().predictions(answers, answers)[0].tolist() == [11.0, 12.0, 0.5]
+    assert task("treatment-effect").predictions(answers, answers)[0].tolist() == [11.0, 13.0, 0.5]
 
 
 @pytest.mark.parametrize("name", ["treatment", "treatment-effect"])

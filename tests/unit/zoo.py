@@ -8,6 +8,7 @@ import torch
 from opacus.layers import DPMultiheadAttention
 from torch import Tensor, nn
 
+from common.models.causal import CausalEncoder
 from common.models.lora import add_lora
 from common.models.vision import VisionTransformer
 from common.modelspec import LoraSpec
@@ -16,6 +17,9 @@ ROWS = 6
 
 
 def loss(answers: Tensor, targets: Tensor) -> Tensor:
+    if answers.dim() == 3:  # an answer at each position
+        targets = targets[:, None].expand(answers.shape[:2])
+        return nn.functional.cross_entropy(answers.mT, targets, reduction="none").mean(dim=1)
     return nn.functional.cross_entropy(answers, targets, reduction="none")
 
 
@@ -173,6 +177,11 @@ def lora() -> nn.Module:
     return model
 
 
+def causal() -> nn.Module:
+    encoder = CausalEncoder(vocabulary=7, length=5, width=8, layers=2, heads=2)
+    return nn.Sequential(encoder, nn.Linear(8, 7, bias=False))
+
+
 def frozen_encoder() -> nn.Module:
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
     model[0].requires_grad_(False)
@@ -270,6 +279,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "attention": (Attention, sequences),
     "opacus attention": (OpacusAttention, sequences),
     "lora": (lora, sequences),
+    "causal transformer": (causal, lambda: words().clamp(min=torch.tensor([1, 0, 0, 0, 0]))),
     "vision transformer": (
         lambda: nn.Sequential(
             VisionTransformer((6, 8), patch=4, width=8, depth=2, heads=2), nn.Linear(8, 3)
