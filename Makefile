@@ -56,7 +56,9 @@ imports: $(VENV)/.installed-dev
 doctests: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --doctest-modules common client server simulations
 
-check: lint types imports doctests test
+check: lint imports
+	+$(MAKE) --no-print-directory --jobs 2 types doctests
+	+$(MAKE) --no-print-directory test
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
