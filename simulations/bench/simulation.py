@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -44,6 +43,7 @@ from server.conduct import Progress
 from server.store import RunFolder
 from simulations.bench import flower_ray, pfl_loop
 from simulations.bench.models import VOCABULARY, lora_transformer
+from simulations.bench.processes import peak_mib
 from simulations.bench.usual import LEARNING_RATE, opacus_steps
 from simulations.engine import Cohort, Lane, Round, updates_of
 from simulations.hospitals import Site, World, open_world, seeded_noise
@@ -128,12 +128,11 @@ def _scale(hospitals: int) -> dict[str, Any]:
 def _scale_here(hospitals: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     cpu_s, _ = _rounds(made_up_world(_tables(4), hospitals, 32), "stacked")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "hospitals": hospitals,
         "cpu_s": cpu_s,
         "cpu_ms_each": 1e3 * cpu_s / hospitals,
-        "rss_mib": peak,
+        "rss_mib": peak_mib(),
     }
 
 
