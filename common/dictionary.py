@@ -15,6 +15,7 @@ from common.labels import Label, Scalar
 from common.pins import Pinned
 from common.strict import Count, Strict
 
+PADDING = 0  # the id of no token, behind a text's end
 BYTES = 258  # ids of ``tokenizer = "bytes"``: every byte, padding and a text's end
 
 _ALONE = ("image", "text", "molecule")  # kinds that are a whole record

@@ -11,7 +11,7 @@ import re
 import numpy as np
 from numpy.typing import NDArray
 
-from common.text import PADDING
+from common.dictionary import PADDING
 
 _PIECES = re.compile(r"\[[^\]]*\]|Br|Cl|%\d\d|.")
 

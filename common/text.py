@@ -16,12 +16,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from common.dictionary import BYTES, Column
+from common.dictionary import BYTES, PADDING, Column
 from common.errors import StudyError
 from common.localmodels import file_of
 from common.readers import needed
 
-PADDING = 0
 _FIRST_BYTE = BYTES - 256
 
 # Words and numbers, and every other sign by itself: "b.i.d. 20mg" is b . i . d . 20 mg.

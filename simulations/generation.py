@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from common.dictionary import PADDING
 from common.errors import StudyError
 from common.learning.evaluate import answer
-from common.text import PADDING, Tokeniser, tokeniser_of
+from common.text import Tokeniser, tokeniser_of
 from server.store import RunFolder
 from simulations.evaluation import finished_models
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.dictionary import Dictionary
+from common.dictionary import PADDING, Dictionary
 from common.features import FeatureMap
 from common.learning.augment import DRAWS, augmented
 from common.learning.gradients import batch_gradient
@@ -19,7 +19,6 @@ from common.place import at_work, beside, here, wide
 from common.study import Study
 from common.tasks import task_of
 from common.tensors import get_vector, set_vector
-from common.text import PADDING
 
 _WATCHED = 256
 _JITTER = 0.1  # standard deviation added to mixed records, in scaled units

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from common.dictionary import PADDING
 from common.features import FeatureMap
 from common.learning.gradients import batch_gradient
 from common.learning.loop import run
@@ -30,7 +31,6 @@ from common.place import at_work, beside, here, wide
 from common.study import Study
 from common.tasks import Task, task_of
 from common.tensors import get_vector, set_vector
-from common.text import PADDING
 
 _PATCH = 4  # pixels on a side, as in small masked autoencoders (He et al. 2022)
 _WATCHED_SHARE = 8  # one in so many public records is kept to watch the loss on

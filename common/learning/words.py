@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from common.dictionary import PADDING
 from common.models import Student, Teacher
 from common.models.pretrained import PinnedEncoder
 from common.models.transformer import TokenEncoder, mean_of_tokens
-from common.text import PADDING
 
 _TEXTS_AT_ONCE = 64  # of 256 tokens with vectors of 384 numbers: 25 MB
 _LEAST_SPREAD = 1e-6

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from common.dictionary import PADDING
 from common.models.attention import Block
 from common.models.transformer import activations
-from common.text import PADDING
 
 
 class CausalEncoder(nn.Module):

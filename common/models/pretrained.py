@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.dictionary import PADDING
 from common.errors import StudyError
 from common.features import FeatureMap
 from common.localmodels import file_of
@@ -23,7 +24,6 @@ from common.models.lora import LoraLinear, add_lora
 from common.models.transformer import activations, longest, mean_of_tokens
 from common.modelspec import LoraSpec, PretrainedSpec
 from common.readers import needed
-from common.text import PADDING
 
 _ROWS_AT_ONCE = 32  # of 256 tokens in a model of 384 numbers: about 100 MB of activations
 _REMEMBERED = 2**16  # records whose codes are kept: 100 MB for codes of 384 numbers

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from common.dictionary import PADDING
 from common.models.attention import Block
-from common.text import PADDING
 
 
 class TokenEncoder(nn.Module):

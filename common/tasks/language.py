@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.dictionary import Dictionary
+from common.dictionary import PADDING, Dictionary
 from common.tasks.task import Floats, Measure
-from common.text import PADDING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,17 +52,13 @@ class Language:
 
     def loss(self, answers: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy over each record's own tokens [rows]; 0 for a text of none."""
-        import torch
-
-        return _mean(-_of_tokens(torch.log_softmax(answers, dim=2), targets), targets != PADDING)
+        return _mean(-_of_tokens(answers.log_softmax(dim=2), targets), targets != PADDING)
 
     def distill_loss(self, answers: Tensor, taught: Tensor, temperature: float) -> Tensor:
         """Softened cross-entropy × T² (Hinton et al. 2015), the mean over each record's tokens:
         where there is none, a teacher answers 0 throughout."""
-        import torch
-
-        wanted = torch.softmax(taught / temperature, dim=2)
-        each = -(wanted * torch.log_softmax(answers / temperature, dim=2)).sum(dim=2)
+        wanted = (taught / temperature).softmax(dim=2)
+        each = -(wanted * (answers / temperature).log_softmax(dim=2)).sum(dim=2)
         return _mean(each, (taught != 0).any(dim=2)) * temperature**2
 
     def predictions(self, answers: Tensor, inputs: Tensor) -> Tensor:
@@ -72,7 +67,7 @@ class Language:
         import torch
 
         tokens = inputs.long()
-        found = _of_tokens(torch.log_softmax(answers, dim=2), tokens)
+        found = _of_tokens(answers.log_softmax(dim=2), tokens)
         likeliest = (answers.argmax(dim=2) == tokens).to(found.dtype)
         return torch.stack([found, likeliest], dim=2) * (tokens != PADDING)[..., None]
 
@@ -134,9 +129,7 @@ def _of_tokens(values: Tensor, tokens: Tensor) -> Tensor:
 
 def _mean(each: Tensor, present: Tensor) -> Tensor:
     """Mean of ``each`` [rows, T] over the tokens that are ``present`` [rows, T]; 0 for none."""
-    import torch
-
-    return torch.where(present, each, 0.0).sum(dim=1) / present.sum(dim=1).clamp(min=1)
+    return each.masked_fill(~present, 0.0).sum(dim=1) / present.sum(dim=1).clamp(min=1)
 
 
 def _figures(tokens: float, log_likelihood: float, right: float) -> dict[str, float]:
