@@ -58,6 +58,7 @@ def small(**changes: Any) -> Study:
             "pretrain__steps": 60,
             "distill__steps": 40,
             "finetune__rounds": 2,
+            "public__source__also": None,
             **changes,
         }
     )
