@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.app import Message as Envelope
+from flwr.common.constant import ErrorCode
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
@@ -19,6 +20,8 @@ from common.errors import MessageError
 from common.wire import check_numbers, from_parts, to_parts
 
 Message = TypeVar("Message")
+
+NODE_UNAVAILABLE = int(ErrorCode.NODE_UNAVAILABLE)  # Flower's word on a node that is away
 
 _TENSORS, _TENSORS_TYPE = "tensors", "safetensors"
 _NOTHING = RecordDict()

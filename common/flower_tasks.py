@@ -27,7 +27,7 @@ import tomli_w
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.cli.build import build_fab_from_files
 from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode, Status, SubStatus
+from flwr.common.constant import Status, SubStatus
 from flwr.common.serde import (
     context_from_proto,
     context_to_proto,
@@ -69,7 +69,6 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, 
 from common.errors import RunError
 
 __all__ = [
-    "NODE_UNAVAILABLE",
     "ClientTask",
     "Control",
     "Endpoint",
@@ -81,7 +80,6 @@ __all__ = [
     "run_server_task",
 ]
 
-NODE_UNAVAILABLE = int(ErrorCode.NODE_UNAVAILABLE)  # the SuperLink's word on a node that is away
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _KINDS = {"client": TaskType.CLIENT_APP, "server": TaskType.SERVER_APP}
 # Between looks for a task: a busy study has the next one soon, an idle federation costs little. A

@@ -13,8 +13,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from common.errors import MessageError, RunError
-from common.flower import pack, read
-from common.flower_tasks import NODE_UNAVAILABLE
+from common.flower import NODE_UNAVAILABLE, pack, read
 from common.wire import Hello, HelloReply
 
 Reply = TypeVar("Reply")

@@ -21,8 +21,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from client.app import build_client_app
 from client.hospital import Hospital
 from common.errors import ConsiliumError
-from common.flower import unpack
-from common.flower_tasks import NODE_UNAVAILABLE
+from common.flower import NODE_UNAVAILABLE, unpack
 from common.secagg import kind_of
 from common.wire import (
     AggregateReply,

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from flwr.app import Message
 from numpy.typing import NDArray
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from client.guard import MemoryGuard
@@ -32,6 +31,7 @@ from client.training import Assignment, read_assignment
 from common.features import Scaling, scaling_tensor
 from common.flower import read, unpack
 from common.learning.gradients import PerRecordGradients
+from common.learning.metrics import auc_of_scores
 from common.learning.optimisers import learning_rate_at
 from common.privacy.budget import stage_charge
 from common.privacy.plan import StepPlan, combine_records
@@ -243,4 +243,4 @@ def _some(study: Study, hospital: str, table: Table, at_most: int) -> list[str]:
 
 
 def _area(labels: NDArray[np.int64], scores: Floats) -> float:
-    return float(roc_auc_score(labels, scores))
+    return auc_of_scores(labels > 0, scores)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from flwr.app import Error, Message
 
 from client.hospital import Hospital
-from common.flower_tasks import NODE_UNAVAILABLE
+from common.flower import NODE_UNAVAILABLE
 from common.scenario import DATA_ATTACKS, ScenarioSpec
 from common.secagg.messages import kind_of
 from common.study import Study

@@ -12,8 +12,7 @@ import torch
 from flwr.app import Error, Message
 
 from common.errors import RunError
-from common.flower import pack
-from common.flower_tasks import NODE_UNAVAILABLE
+from common.flower import NODE_UNAVAILABLE, pack
 from common.wire import Hello, HelloReply, TrainReply, TrainTask
 from server import flower_link
 from server.flower_link import Enrolled, GridLink

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
 
 from common.learning.metrics import (
     accuracy,
@@ -49,6 +50,14 @@ def test_auc_is_its_definition(pairs: list[tuple[int, float]]) -> None:
         assert math.isnan(auc(labels, two(scores)))
     else:
         assert auc(labels, two(scores)) == pytest.approx(by_pairs(labels, scores))
+
+
+def test_auc_is_scikit_learns() -> None:
+    generator = np.random.default_rng(1)
+    labels = generator.integers(0, 2, 500)
+    scores = np.round(generator.normal(size=500) + labels, 1)  # with ties
+    assert auc(labels, two(scores)) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    assert math.isnan(auc(labels, two(np.where(labels == 1, np.nan, scores))))
 
 
 def test_auc_of_several_classes_is_the_mean_of_one_against_the_rest() -> None:
