@@ -256,14 +256,14 @@ def _data_words(study: Study) -> str:
             f"{_PARTITIONS[spec.partition]}"
         )
     return "one source per hospital: " + ", ".join(
-        f"{one.name} ({one.source.path})" for one in spec.hospital
+        f"{one.name} ({_source_words(one.source)})" for one in spec.hospital
     )
 
 
 def _source_words(source: SourceSpec) -> str:
     if source.kind == "sklearn":
         return f"{source.path.replace('_', ' ')}, a data set that comes with scikit-learn"
-    return source.path
+    return ", ".join([source.path, *source.also]) if source.kind == "csv" else source.path
 
 
 def _input_words(dictionary: Dictionary) -> str:
@@ -273,7 +273,8 @@ def _input_words(dictionary: Dictionary) -> str:
     if dictionary.modality == "molecule":
         return "a molecule, given as SMILES"
     if dictionary.text is not None:
-        return f"a text of up to {dictionary.text.length} tokens"
+        pieces = "bytes" if dictionary.text.tokenizer == "bytes" else "tokens"
+        return f"a text of up to {dictionary.text.length} {pieces}"
     kinds = [column.kind for column in dictionary.columns]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     optional = sum(column.optional for column in dictionary.columns)
@@ -291,7 +292,7 @@ def _public_words(study: Study) -> str:
         )
     if public.kind == "file":
         assert public.source is not None  # noqa: S101  (the study refuses it otherwise)
-        return f"{public.source.path}, at the coordinator"
+        return f"{_source_words(public.source)}, at the coordinator"
     return f"{public.records} records drawn from the dictionary alone; no patient at all"
 
 
