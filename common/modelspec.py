@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self, get_args
+from typing import Annotated, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import Field, Tag, field_validator, model_validator
 
@@ -10,6 +10,13 @@ from common.pins import Pinned
 from common.strict import Count, Positive, Strict, told_by_kind
 
 Setting = bool | int | float | str
+Attending = TypeVar("Attending", "VitSpec", "TransformerSpec", "CausalSpec")
+
+
+def _heads_divide_the_width(spec: Attending) -> Attending:
+    if spec.width % spec.heads:
+        raise ValueError(f"heads: expected a divisor of width {spec.width}, found {spec.heads}")
+    return spec
 
 
 class MlpSpec(Strict):
@@ -64,11 +71,7 @@ class VitSpec(Strict):
     depth: Count = 2
     heads: Count = 4
 
-    @model_validator(mode="after")
-    def _heads_share(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"heads: expected a divisor of width {self.width}, found {self.heads}")
-        return self
+    _heads_share = model_validator(mode="after")(_heads_divide_the_width)
 
 
 class GraphSpec(Strict):
@@ -97,13 +100,7 @@ class TransformerSpec(Strict):
     layers: Annotated[int, Field(ge=0)] = 2
     heads: Count = 4
 
-    @model_validator(mode="after")
-    def _heads_share_the_width(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(
-                f"expected a width that heads divide, found {self.width} and {self.heads}"
-            )
-        return self
+    _heads_share = model_validator(mode="after")(_heads_divide_the_width)
 
 
 class CausalSpec(Strict):
@@ -116,13 +113,7 @@ class CausalSpec(Strict):
     layers: Count = 2
     heads: Count = 4
 
-    @model_validator(mode="after")
-    def _heads_share_the_width(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(
-                f"expected a width that heads divide, found {self.width} and {self.heads}"
-            )
-        return self
+    _heads_share = model_validator(mode="after")(_heads_divide_the_width)
 
 
 class PretrainedSpec(Pinned):

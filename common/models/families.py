@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -88,23 +89,12 @@ def _vit_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
     return encoder, spec.width
 
 
-def _transformer_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
+def _token_encoder(
+    made: type[TokenEncoder | CausalEncoder], spec: Any, features: FeatureMap
+) -> tuple[nn.Module, int]:
     assert features.text_shape is not None  # noqa: S101
     length, vocabulary = features.text_shape
-    encoder = TokenEncoder(
-        vocabulary=vocabulary,
-        length=length,
-        width=spec.width,
-        layers=spec.layers,
-        heads=spec.heads,
-    )
-    return encoder, spec.width
-
-
-def _causal_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
-    assert features.text_shape is not None  # noqa: S101  (only texts are asked for themselves)
-    length, vocabulary = features.text_shape
-    encoder = CausalEncoder(
+    encoder = made(
         vocabulary=vocabulary,
         length=length,
         width=spec.width,
@@ -115,7 +105,7 @@ def _causal_encoder(spec: Any, features: FeatureMap) -> tuple[nn.Module, int]:
 
 
 def _causal_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:
-    encoder, width = _causal_encoder(spec, features)
+    encoder, width = _token_encoder(CausalEncoder, spec, features)
     return nn.Sequential(encoder, nn.Linear(width, outputs, bias=False))
 
 
@@ -137,8 +127,8 @@ _FAMILIES: Mapping[str, Family] = {
     "vit": _like_its_teacher(_vit_encoder),
     "components": Family(_components_encoder, _no_student),
     "graph": _like_its_teacher(_graph_encoder),
-    "transformer": _like_its_teacher(_transformer_encoder),
-    "causal": Family(_causal_encoder, _causal_student),
+    "transformer": _like_its_teacher(partial(_token_encoder, TokenEncoder)),
+    "causal": Family(partial(_token_encoder, CausalEncoder), _causal_student),
     "pretrained": Family(_pretrained_encoder, _no_student),
 }
 

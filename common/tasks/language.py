@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.dictionary import PADDING, Dictionary
-from common.tasks.task import Floats, Measure
+from common.tasks.task import Floats, Measure, means_of_units
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,10 +96,7 @@ class Language:
         # A NaN of a broken model is the worst there is: it must not hide others' figures.
         held = np.clip(np.nan_to_num(nats, nan=np.inf), 0, most) / math.log(self.outputs)
         each = np.stack([tokens, held, np.nan_to_num(right)], axis=1) / length
-        counts = np.bincount(owners)
-        sums = np.zeros((len(counts), each.shape[1]))
-        np.add.at(sums, owners, each / counts[owners][:, None])
-        return sums / _NORM
+        return means_of_units(each, owners) / _NORM
 
     def release_shape(self, bins: int) -> tuple[int, int]:  # noqa: ARG002
         """One line of three sums."""

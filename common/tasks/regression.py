@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from common.dictionary import Dictionary
 from common.labels import NumberLabel
-from common.tasks.task import Floats, Measure
+from common.tasks.task import Floats, Measure, means_of_units
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,10 +80,7 @@ class Regression:
         low, high = self.range
         outcome = np.clip((2 * true - low - high) / (high - low), -1, 1)
         each = np.stack([np.ones_like(true), error**2, outcome, outcome**2], axis=1)
-        counts = np.bincount(owners)
-        sums = np.zeros((len(counts), each.shape[1]))
-        np.add.at(sums, owners, each / counts[owners][:, None])
-        return sums / _NORM
+        return means_of_units(each, owners) / _NORM
 
     def release_shape(self, bins: int) -> tuple[int, int]:  # noqa: ARG002
         """One line of four moments."""

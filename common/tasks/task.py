@@ -113,3 +113,12 @@ class Task(Protocol):
     def released_figures(self, counts: Floats) -> dict[str, float]:
         """The measures that a (noised) sum of contributions shows; NaN for the others."""
         ...
+
+
+def means_of_units(each: Floats, owners: NDArray[np.int64]) -> Floats:
+    """Mean of every unit's records [units, k], from ``each`` record [rows, k] and whose it is
+    [rows]: a unit of many records weighs no more than one of one."""
+    counts = np.bincount(owners)
+    sums = np.zeros((len(counts), each.shape[1]))
+    np.add.at(sums, owners, each / counts[owners][:, None])
+    return sums

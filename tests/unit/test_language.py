@@ -330,7 +330,7 @@ def test_what_is_released_without_noise_is_the_figures() -> None:
         ({"task": "notes"}, "did you mean task = 'language'"),
         ({"teacher": {"kind": "transformer"}}, "expected 'causal' or 'own'"),
         ({"student": {"kind": "transformer"}}, "expected 'causal' or 'own'"),
-        ({"teacher__heads": 3}, "a width that heads divide"),
+        ({"teacher__heads": 3}, "heads: expected a divisor of width"),
         ({"finetune__lora": {"layers": ["words"]}}, "words' is an Embedding"),
         ({"dictionary__columns": [{**COLUMN, "vocabulary": 256}]}, "has vocabulary = 258"),
         ({"dictionary__columns": [{**COLUMN, "tokenizer": "byte"}]}, "tokenizer"),

@@ -264,7 +264,7 @@ def test_lora_on_embeddings_is_refused() -> None:
         ({"scaling": "public"}, "expected 'ranges' for texts"),
         ({"finetune__trainable": "lora"}, "belongs to trainable = 'lora'"),
         ({"teacher": {"kind": "mlp", "hidden": [4]}}, "expected 'transformer' or 'pretrained'"),
-        ({"teacher__heads": 3}, "a width that heads divide"),
+        ({"teacher__heads": 3}, "heads: expected a divisor of width"),
         ({"teacher": PINNED, "pretrain__steps": 5}, "comes trained"),
         ({"student": PINNED}, "is for teachers"),
         ({"teacher": {**PINNED, "folder": "../m"}}, "folder"),
