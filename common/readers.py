@@ -94,15 +94,16 @@ class CsvTable:
 
     def __init__(self, spec: CsvSource, folder: Path, *, rows: int | None = None) -> None:
         self._spec = spec
-        self._paths = [existing(folder, path) for path in (spec.path, *spec.also)]
+        paths = [existing(folder, path) for path in (spec.path, *spec.also)]
+        self._files = [(path, tuple(spec.header) or self._header(path)) for path in paths]
         self.origin = spec.path
-        self.columns = tuple(spec.header) or self._header(self._paths[0])
+        self.columns = self._files[0][1]
         self._rows = rows or chunk_rows(len(self.columns))
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[Chunk]:
         """Cells as text."""
-        for path in self._paths:
-            absent = set(wanted) - set(self._spec.header or self._header(path))
+        for path, columns in self._files:
+            absent = set(wanted) - set(columns)
             if absent:
                 raise DataError(
                     f"{path}: column {min(absent)!r} is in {self.origin}, not in this file; export "

@@ -276,7 +276,7 @@ class Study(Strict):
                 raise ValueError(f"{key}: 'scaffold' needs a molecule, found {column.kind} columns")
 
     @model_validator(mode="after")
-    def _views_are_of_images(self) -> Self:
+    def _views_suit_the_records(self) -> Self:
         for stage, spec in (("finetune", self.finetune), ("distill", self.distill)):
             if spec.augment is not None and self.dictionary.modality != "image":
                 raise ValueError(f"[{stage}.augment] turns and moves images; leave it out")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from common.dictionary import BYTES
 from common.features import FeatureMap, range_scaling
 from common.learning.evaluate import answer
 from common.learning.gradients import choose_engine, plain_gradient, private_gradient
@@ -67,7 +68,7 @@ def _study(epsilon: float, seed: int) -> Study:
         "name": "said",
         "kind": "text",
         "length": _LENGTH,
-        "vocabulary": 258,
+        "vocabulary": BYTES,
         "tokenizer": "bytes",
     }
     return parse_study(

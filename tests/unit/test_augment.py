@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -18,14 +20,12 @@ from common.learning.gradients import (
     private_gradient,
 )
 from common.learning.records import Records
-from common.privacy.plan import StepPlan
-from common.privacy.units import PrivacyUnit, Relation
 from common.randomness import SeededNoise, Stream
 from common.stages import AugmentSpec
 from common.study import Study, load_study
 from common.tensors import get_vector
 from simulations.bench.trained import EXAMPLES
-from tests.unit.zoo import loss
+from tests.unit.zoo import a_plan, loss
 
 VIEWS = 5
 SPEC = AugmentSpec(shift=1.0, rotation_deg=20.0, flip=True)
@@ -42,16 +42,7 @@ def pictures(rows: int = 3, height: int = 9, width: int = 9) -> Tensor:
     return torch.rand(rows, 1, height, width, generator=torch.Generator().manual_seed(0))
 
 
-def plan(**changes: object) -> StepPlan:
-    settings: dict[str, object] = {
-        "unit": PrivacyUnit.PATIENT,
-        "relation": Relation.ADD_REMOVE,
-        "sampling_rate": 1.0,
-        "clip_norm": 0.3,
-        "noise_multiplier": 1e-9,
-        "records_per_unit": 8,
-    }
-    return StepPlan(**(settings | changes))  # type: ignore[arg-type]
+plan = partial(a_plan, clip_norm=0.3, noise_multiplier=1e-9)
 
 
 def stream(name: str = "a") -> Stream:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -25,25 +26,15 @@ from common.learning.gradients import (
 from common.learning.records import Records
 from common.models import sizes
 from common.models.lora import LoraLinear
-from common.privacy.plan import StepPlan, combine_records
-from common.privacy.units import PrivacyUnit, Relation
+from common.privacy.plan import combine_records
 from common.randomness import SeededNoise
 from common.tensors import get_vector, set_vector, trainable
-from tests.unit.zoo import MODELS, ROWS, build, loss
+from tests.unit.zoo import MODELS, ROWS, a_plan, build, loss
 
 ENGINES: list[Callable[..., Engine]] = [PerRecordGradients, GhostNorms]
 
 
-def plan(**changes: object) -> StepPlan:
-    settings: dict[str, object] = {
-        "unit": PrivacyUnit.PATIENT,
-        "relation": Relation.ADD_REMOVE,
-        "sampling_rate": 1.0,
-        "clip_norm": 0.3,
-        "noise_multiplier": 1.0,
-        "records_per_unit": 8,
-    }
-    return StepPlan(**(settings | changes))  # type: ignore[arg-type]
+plan = partial(a_plan, clip_norm=0.3)
 
 
 def oracle(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -15,29 +15,18 @@ from common.features import FeatureMap, range_scaling
 from common.learning.gradients import PerRecordGradients, plain_gradient, private_gradient
 from common.learning.records import Records
 from common.models import build_student, build_teacher, sizes
-from common.privacy.plan import StepPlan, combine_records
-from common.privacy.units import PrivacyUnit, Relation
+from common.privacy.plan import combine_records
 from common.randomness import SeededNoise, Stream
 from common.study import Study, parse_study
 from common.tasks import task_of
 from common.tensors import get_vector, set_vector, trainable
+from tests.unit.zoo import a_plan
 
 SIZE = 5
 
 
 def stream(name: str = "s") -> Stream:
     return SeededNoise(1, "test").stream(name)
-
-
-def plan(*, clip: float = 1.0, noise: float = 1.0, rate: float = 1.0, records: int = 8) -> StepPlan:
-    return StepPlan(
-        unit=PrivacyUnit.PATIENT,
-        relation=Relation.ADD_REMOVE,
-        sampling_rate=rate,
-        clip_norm=clip,
-        noise_multiplier=noise,
-        records_per_unit=records,
-    )
 
 
 def squared(answers: Tensor, targets: Tensor) -> Tensor:
@@ -161,7 +150,7 @@ def silent(
     gradient = private_gradient(
         made,
         records,
-        plan(clip=clip, noise=1e-12, records=at_most),
+        a_plan(clip, noise_multiplier=1e-12, records_per_unit=at_most),
         expected_units=1.0,
         stream=stream(),
     )
@@ -226,7 +215,7 @@ def test_an_empty_sample_is_pure_noise_of_the_right_scale() -> None:
     gradient = private_gradient(
         PerRecordGradients(model, squared),
         nobody,
-        plan(clip=0.7, noise=2.0, rate=1e-9),
+        a_plan(0.7, noise_multiplier=2.0, sampling_rate=1e-9),
         expected_units=10.0,
         stream=stream("empty"),
     )
@@ -272,7 +261,7 @@ def test_without_noise_and_clip_it_is_the_plain_gradient() -> None:
         private = private_gradient(
             PerRecordGradients(linear(), squared),
             records,
-            plan(clip=1e6, noise=1e-15, rate=rate, records=8),
+            a_plan(1e6, noise_multiplier=1e-15, sampling_rate=rate),
             stream=stream("same"),
             **arguments,
         )(get_vector(model))
@@ -280,7 +269,7 @@ def test_without_noise_and_clip_it_is_the_plain_gradient() -> None:
             model,
             squared,
             records,
-            plan(rate=rate, records=8),
+            a_plan(sampling_rate=rate),
             stream=stream("same"),
             **arguments,
         )(get_vector(model))
@@ -290,7 +279,7 @@ def test_without_noise_and_clip_it_is_the_plain_gradient() -> None:
 def test_plain_gradient_of_nobody_is_zero() -> None:
     model, records = linear(), records_for([1])
     gradient = plain_gradient(
-        model, squared, records, plan(rate=1e-9), expected_units=1.0, stream=stream()
+        model, squared, records, a_plan(sampling_rate=1e-9), expected_units=1.0, stream=stream()
     )
     assert gradient(get_vector(model)).tolist() == [0.0] * (SIZE + 1)
 

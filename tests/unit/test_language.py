@@ -26,14 +26,13 @@ from common.models import Teacher, build_student, build_teacher, learner
 from common.models.causal import CausalEncoder
 from common.models.checks import check_private
 from common.outcomes import outcome_of
-from common.privacy.plan import StepPlan
-from common.privacy.units import PrivacyUnit, Relation
 from common.sources import ColumnMapping
 from common.study import Study, parse_study
 from common.tasks import task_of
 from common.tasks.language import Language
 from common.tensors import get_vector, trainable
 from common.text import Bytes
+from tests.unit.zoo import a_plan
 
 LENGTH, VOCABULARY = 12, 258
 COLUMN = {
@@ -83,17 +82,6 @@ def moved(teacher: Teacher) -> Teacher:
     for one in trainable(teacher):
         nn.init.normal_(one, std=0.3, generator=generator)
     return teacher
-
-
-def plan(clip_norm: float) -> StepPlan:
-    return StepPlan(
-        unit=PrivacyUnit.PATIENT,
-        relation=Relation.ADD_REMOVE,
-        sampling_rate=1.0,
-        clip_norm=clip_norm,
-        noise_multiplier=1.0,
-        records_per_unit=8,
-    )
 
 
 # Tokens
@@ -200,7 +188,7 @@ def test_clipped_sums_equal_those_of_opacus(
     hooked.remove_hooks()
     norms = torch.linalg.vector_norm(each, dim=1)
     assert norms[3] == 0 and (norms[[0, 1, 2, 4]] > 0).all()
-    some_clipped = plan(float(norms.median()))
+    some_clipped = a_plan(float(norms.median()))
     found = clipped_sum(
         engine(teacher, TASK.loss), weights, TEXTS, TEXTS, torch.arange(rows), rows, some_clipped
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -29,7 +30,7 @@ from common.privacy.accounting import GaussianEvent, calibrate, epsilon
 from common.privacy.budget import budget_of
 from common.privacy.mechanisms import add_gaussian
 from common.privacy.plan import StepPlan
-from common.privacy.units import PrivacyUnit, Relation
+from common.privacy.units import Relation
 from common.randomness import NoiseSource, SecretNoise, SeededNoise, Stream
 from common.tensors import get_vector
 from common.wire import StatisticsTask, TrainTask
@@ -44,20 +45,12 @@ from simulations.made_up import (
     real_update,
     rows_of,
 )
+from tests.unit.zoo import a_plan
 
 DELTA = 1e-5
 
 
-def plan(**changes: object) -> StepPlan:
-    settings: dict[str, object] = {
-        "unit": PrivacyUnit.PATIENT,
-        "relation": Relation.ADD_REMOVE,
-        "sampling_rate": 1.0,
-        "clip_norm": 1.0,
-        "noise_multiplier": 1.0,
-        "records_per_unit": 4,
-    }
-    return StepPlan(**(settings | changes))  # type: ignore[arg-type]
+plan = partial(a_plan, records_per_unit=4)
 
 
 def loss(answers: Tensor, targets: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,6 @@ from common.learning.groups import Groups
 from common.learning.records import Records
 from common.localmodels import HOME
 from common.place import CPU, Place, choose, here, placed
-from common.privacy.plan import StepPlan
-from common.privacy.units import PrivacyUnit, Relation
 from common.randomness import SeededNoise
 from common.study import Study, load_study
 from common.tensors import get_vector, set_vector
@@ -42,7 +41,7 @@ from simulations.evaluation import finished_models
 from simulations.hospitals import build_world, open_world, seeded_noise, write_world
 from simulations.simulate import InProcess, run_in_process
 from simulations.stacked import stacked
-from tests.unit.zoo import MODELS, ROWS, build, loss
+from tests.unit.zoo import MODELS, ROWS, a_plan, build, loss
 
 # RMSNorm has no fused way for values and weights of two precisions; the slow one is right.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
@@ -59,15 +58,7 @@ ELSEWHERE = [
 ]
 
 
-def plan(clip_norm: float) -> StepPlan:
-    return StepPlan(
-        unit=PrivacyUnit.PATIENT,
-        relation=Relation.ADD_REMOVE,
-        sampling_rate=0.7,
-        clip_norm=clip_norm,
-        noise_multiplier=1.0,
-        records_per_unit=8,
-    )
+plan = partial(a_plan, sampling_rate=0.7)
 
 
 @pytest.fixture(autouse=True)

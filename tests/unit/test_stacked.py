@@ -9,24 +9,11 @@ from torch import Tensor, nn
 from common.learning.gradients import GhostNorms, PerRecordGradients, clipped_sum
 from common.learning.groups import Groups
 from common.models.checks import SUPPORTED_LAYERS
-from common.privacy.plan import StepPlan
-from common.privacy.units import PrivacyUnit, Relation
 from common.tensors import get_vector, set_vector
 from simulations.stacked import RULES, obstacle, stacked
-from tests.unit.zoo import MODELS, build, loss
+from tests.unit.zoo import MODELS, a_plan, build, loss
 
 SIZES = (2, 0, 1, 3)  # records of each hospital; one has none
-
-
-def plan(clip_norm: float) -> StepPlan:
-    return StepPlan(
-        unit=PrivacyUnit.PATIENT,
-        relation=Relation.ADD_REMOVE,
-        sampling_rate=1.0,
-        clip_norm=clip_norm,
-        noise_multiplier=1.0,
-        records_per_unit=8,
-    )
 
 
 def apart(model: nn.Module, hospitals: int) -> Tensor:
@@ -60,7 +47,7 @@ def test_clipped_sums_are_those_of_each_hospital_alone(
     model, inputs, targets = build(name)
     weights, each = apart(model, len(SIZES)), engine(model, loss)
     norms = PerRecordGradients(model, loss)(get_vector(model), inputs, targets).norm(dim=1)
-    settings = plan(float(norms.median()))  # some are clipped, some are not
+    settings = a_plan(float(norms.median()))  # some are clipped, some are not
     each.check(inputs)
     with stacked(model, weights, Groups(SIZES)):
         found = each.clipped_sums(inputs, targets, torch.arange(6), Groups(SIZES), settings)
@@ -77,7 +64,7 @@ def test_several_records_of_a_patient_are_summed_before_the_clip(name: str) -> N
     model, inputs, targets = build(name)
     patients = (1, 2, 0, 1)  # of each hospital
     owners, rows = torch.tensor([0, 0, 1, 2, 2, 3]), (2, 3, 0, 1)
-    weights, each, settings = apart(model, 4), PerRecordGradients(model, loss), plan(0.05)
+    weights, each, settings = apart(model, 4), PerRecordGradients(model, loss), a_plan(0.05)
     each.check(inputs)
     with stacked(model, weights, Groups(rows)):
         found = each.clipped_sums(inputs, targets, owners, Groups(patients), settings)
@@ -97,7 +84,7 @@ def test_plain_gradients_are_those_of_each_hospital_alone(name: str) -> None:
     with stacked(model, weights, Groups(SIZES)):
         losses = loss(model(inputs), targets)
     (found,) = torch.autograd.grad(losses.sum(), weights)
-    one = plan(1e9)
+    one = a_plan(1e9)
     each = PerRecordGradients(model, loss)
     for own, gradient, part in zip(weights.detach(), found, parts(SIZES), strict=True):
         rows = part.stop - part.start
@@ -123,7 +110,7 @@ def test_one_bad_record_spoils_nobody_elses_sum() -> None:
 
     def sums(records: Tensor) -> Tensor:
         with stacked(model, weights, sizes):
-            return each.clipped_sums(records, targets, torch.arange(6), sizes, plan(1.0))
+            return each.clipped_sums(records, targets, torch.arange(6), sizes, a_plan(1.0))
 
     expected = sums(inputs)
     inputs[4] = torch.nan
@@ -140,7 +127,7 @@ def test_a_hospitals_sum_depends_on_its_own_records_and_weights_alone() -> None:
 
     def first(records: Tensor, own: Tensor) -> Tensor:
         with stacked(model, own, sizes):
-            return each.clipped_sums(records, targets, torch.arange(6), sizes, plan(0.1))[0]
+            return each.clipped_sums(records, targets, torch.arange(6), sizes, a_plan(0.1))[0]
 
     expected = first(inputs, weights)
     changed_inputs, changed_weights = inputs.clone(), weights.clone()

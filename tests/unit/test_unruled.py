@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -14,23 +15,13 @@ from common.learning import capture, layers, unruled
 from common.learning.gradients import GhostNorms, PerRecordGradients, clipped_sum
 from common.models import checks
 from common.models.checks import check_records_apart, learners
-from common.privacy.plan import StepPlan
-from common.privacy.units import PrivacyUnit, Relation
 from common.tensors import get_vector
-from tests.unit.zoo import MODELS, ROWS, build, loss
+from tests.unit.zoo import MODELS, ROWS, a_plan, build, loss
 
 WITH_RULES = [name for name in MODELS if not learners(build(name)[0])[1]]
 
 
-def plan() -> StepPlan:
-    return StepPlan(
-        unit=PrivacyUnit.PATIENT,
-        relation=Relation.ADD_REMOVE,
-        sampling_rate=1.0,
-        clip_norm=0.3,
-        noise_multiplier=1.0,
-        records_per_unit=8,
-    )
+plan = partial(a_plan, clip_norm=0.3)
 
 
 @pytest.mark.parametrize("name", WITH_RULES)

@@ -12,6 +12,8 @@ from common.models.causal import CausalEncoder
 from common.models.lora import add_lora
 from common.models.vision import VisionTransformer
 from common.modelspec import LoraSpec
+from common.privacy.plan import StepPlan
+from common.privacy.units import PrivacyUnit, Relation
 
 ROWS = 6
 
@@ -310,3 +312,16 @@ def build(name: str) -> tuple[nn.Module, Tensor, Tensor]:
     with torch.no_grad():
         model(inputs)  # lazy layers learn their width
     return model, inputs, torch.arange(ROWS) % 3
+
+
+def a_plan(clip_norm: float = 1.0, **changes: object) -> StepPlan:
+    """A step on all of every patient's records, with noise of the clip norm's size."""
+    settings: dict[str, object] = {
+        "unit": PrivacyUnit.PATIENT,
+        "relation": Relation.ADD_REMOVE,
+        "sampling_rate": 1.0,
+        "clip_norm": clip_norm,
+        "noise_multiplier": 1.0,
+        "records_per_unit": 8,
+    }
+    return StepPlan(**(settings | changes))  # type: ignore[arg-type]
