@@ -77,8 +77,9 @@ def test_it_learns_in_secret_sums_and_writes(
     assert exact["perplexity"] == pytest.approx(2 ** exact["bits"])
     assert 0 < exact["accuracy"] < 1
     shown, low, high = summary["released"]["bits"]
-    assert low < exact["bits"] < high
     assert low <= shown <= high
+    # The noise is the system's, never a seed's: five times further out than 95 % is one in 10²².
+    assert abs(shown - exact["bits"]) < 5 * (high - shown)
     asked = ("generate", tmp_path / "run", "--prompt", "A 4", "--tokens", "9", "--seed", "5")
     once, again = (json.loads(consilium(*asked, "--json").stdout) for _ in range(2))
     assert once == again
