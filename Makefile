@@ -11,7 +11,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 .PHONY: help install demo test deployed others check lint types imports doctests clean
 
 help:
-	@echo "make demo     install, then run one whole study on real patients (under two minutes)"
+	@echo "make demo     install, then run one whole study on real patients (two to three minutes)"
 	@echo "make test     install, then run the tests"
 	@echo "make check    style, types, import contract, doctests and tests"
 	@echo "make clean    remove the environment and caches (results in runs/ stay)"
