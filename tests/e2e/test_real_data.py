@@ -76,7 +76,7 @@ def test_four_real_hospitals_learn_together(heart: Path, tmp_path: Path) -> None
 
 def test_images_of_ten_hospitals(pneumonia: Path, tmp_path: Path) -> None:
     study = load_study(EXAMPLES / "pneumonia.toml").revised(
-        pretrain__steps=40, finetune__rounds=20, distill__steps=150
+        pretrain__steps=20, finetune__rounds=8, distill__steps=60
     )
     world = build_world(study, pneumonia)
     assert len(world.sites) == 10
