@@ -7,6 +7,7 @@ device, never from patients' rows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isclose
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -30,6 +31,8 @@ class Column(Strict):
     see docs/molecules.md).
     ``range``: plausible lowest and highest value in ``unit``; outside is reported and clipped.
     ``typical``: published mean and standard deviation, for scaling; else taken from the range.
+    ``shares``: published share of each category, adding up to 1; inputs are centred by them, and
+    records made up from the dictionary are drawn by them.
     ``missing``: values that mean "not measured" beside an empty cell (a cholesterol of 0).
     ``optional``: whether a value may be absent; if so the model also sees that it is absent.
     ``standardise``: an image's own brightness and contrast, which say more of the device than of
@@ -54,6 +57,7 @@ class Column(Strict):
     range: tuple[float, float] | None = None
     typical: tuple[float, float] | None = None
     categories: tuple[Scalar, ...] = ()
+    shares: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
     shape: tuple[int, int] | None = None
     length: Count | None = None
     vocabulary: Annotated[int, Field(ge=16, lt=2**31)] | None = None
@@ -79,6 +83,10 @@ class Column(Strict):
             raise ValueError(
                 f"prefix, buckets and keep belong to kind = 'code', found them on kind = "
                 f"{self.kind!r}"
+            )
+        if self.shares is not None and not self.categories:
+            raise ValueError(
+                f"shares belong to binary and categorical columns, found them on {self.kind!r}"
             )
         return self
 
@@ -110,6 +118,12 @@ def _category_problem(column: Column) -> str:
         )
     if column.kind == "binary" and len(given) != 2:
         return f"a binary column needs exactly two categories, found {len(given)}"
+    shares = column.shares
+    if shares is not None and (len(shares) != len(given) or not isclose(sum(shares), 1)):
+        return (
+            f"shares need one number for each of the {len(given)} categories, adding up to 1, "
+            f"found {list(shares)}"
+        )
     return ""
 
 

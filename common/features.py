@@ -212,11 +212,11 @@ def _from_range(column: Column) -> tuple[float, float]:
 class FeatureMap:
     """How a table becomes an input tensor.
 
-    A numeric column gives its scaled value (0 where missing); a binary one ±0.5 (0 where missing);
-    a categorical one its one-hot code (zeros where missing), a code that of its bucket (zeros for
-    buckets that are not kept). Each optional column adds an indicator that is 1 where the value is
-    missing. An image gives [1, height, width] in [-1, 1], a text its token ids, a molecule what its
-    ``Layout`` says.
+    A numeric column gives its scaled value; a binary one ±0.5 and a categorical one its one-hot
+    code, both about the column's ``shares`` where published; a code the one-hot code of its bucket
+    (zeros for buckets that are not kept). Where a value is missing these are 0, and each optional
+    column adds an indicator that is 1 there. An image gives [1, height, width] in [-1, 1], a text
+    its token ids, a molecule what its ``Layout`` says.
     """
 
     dictionary: Dictionary
@@ -300,13 +300,24 @@ class FeatureMap:
                 everything = range(column.buckets or 0)
                 kept = everything if column.keep is None else self.scaling.kept[column.name]
                 block = _one_hot(values, kept)
-            elif column.kind == "binary":
-                block = np.where(absent, 0.0, values - 0.5)[:, None]
             else:
-                block = np.eye(len(column.categories))[values] * ~absent[:, None]
+                block = centred_categories(column)[values] * ~absent[:, None]
         if column.optional:
             block = np.concatenate([block, absent[:, None].astype(np.float64)], axis=1)
         return block
+
+
+def centred_categories(column: Column) -> NDArray[np.float64]:
+    """Each category's inputs [categories, 1] of a binary column, [categories, categories] of a
+    categorical one: its code less the mean code, by ``shares`` where published.
+
+    What most patients have is then near 0: it takes little of the norm to which a patient's
+    gradient is clipped, and the bias need not make up for it.
+    """
+    if column.kind == "binary":
+        expected = 0.5 if column.shares is None else column.shares[1]
+        return np.array([[0.0], [1.0]]) - expected
+    return np.eye(len(column.categories)) - (0.0 if column.shares is None else column.shares)
 
 
 def _standardised(pixels: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.dictionary import PADDING, Dictionary
-from common.features import FeatureMap
+from common.dictionary import PADDING, Column, Dictionary
+from common.features import FeatureMap, centred_categories
 from common.learning.augment import DRAWS, augmented
 from common.learning.gradients import batch_gradient
 from common.learning.loop import run
@@ -118,7 +118,8 @@ def records_from_dictionary(
     dictionary: Dictionary, features: FeatureMap, rows: int, generator: torch.Generator
 ) -> Tensor:
     """Public records drawn from the dictionary alone: scaled values from N(0, 1) held within the
-    plausible range, categories uniformly, optional columns absent half of the time."""
+    plausible range, categories by their published shares, else uniformly, optional columns absent
+    half of the time."""
     columns: list[Tensor] = []
     for column in dictionary.columns:
         absent = (
@@ -128,19 +129,26 @@ def records_from_dictionary(
         )
         if column.kind == "numeric":
             block = torch.randn(rows, 1, generator=generator).clamp(-2, 2)
-        elif column.kind == "binary":
-            block = torch.randint(2, (rows, 1), generator=generator).float() - 0.5
         elif column.kind == "code":
             width = column.keep or column.buckets or 0
             # One place more than there are: a code that is not kept is all zeros.
             choice = torch.randint(width + 1, (rows,), generator=generator)
             block = torch.eye(width + 1)[choice][:, :width]
         else:
-            choice = torch.randint(len(column.categories), (rows,), generator=generator)
-            block = torch.eye(len(column.categories))[choice]
+            choice = _categories(column, rows, generator)
+            block = torch.from_numpy(centred_categories(column)).float()[choice]
         block = block.masked_fill(absent, 0.0)
         columns.append(torch.cat([block, absent.float()], dim=1) if column.optional else block)
     drawn = torch.cat(columns, dim=1)
     if drawn.shape[1] != features.width:
         raise ValueError(f"drew {drawn.shape[1]} inputs for a map of {features.width}")
     return drawn
+
+
+def _categories(column: Column, rows: int, generator: torch.Generator) -> Tensor:
+    """``rows`` of the column's categories, as indices [rows]."""
+    if column.shares is None:
+        return torch.randint(len(column.categories), (rows,), generator=generator)
+    return torch.multinomial(
+        torch.tensor(column.shares), rows, replacement=True, generator=generator
+    )

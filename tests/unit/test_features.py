@@ -22,6 +22,7 @@ from common.features import (
     scaling_from_tensor,
     scaling_tensor,
 )
+from common.learning.distill import records_from_dictionary
 from common.tables import Table, TableReport
 
 MIXED = Dictionary.model_validate_json(
@@ -56,6 +57,34 @@ def test_every_kind_encodes_as_documented(table_of: MakeTable) -> None:
     torch.testing.assert_close(encoded, torch.tensor(expected, dtype=torch.float32))
     assert features.width == 8
     assert features.groups() == [slice(0, 1), slice(1, 3), slice(3, 5), slice(5, 8)]
+
+
+def test_published_shares_become_the_zero_of_a_category(table_of: MakeTable) -> None:
+    sex, cp = (
+        (MIXED.columns[2], {"shares": (0.75, 0.25)}),
+        (MIXED.columns[3], {"shares": (0.5, 0.3, 0.2)}),
+    )
+    columns = tuple(one.model_validate({**one.model_dump(), **more}) for one, more in (sex, cp))
+    known = MIXED.model_copy(update={"columns": columns})
+    features = FeatureMap(known, range_scaling(known))
+    rows = {"sex": np.array([0, 1, -1]), "cp": np.array([0, 2, -1])}
+    encoded = features.encode(table_of(known, rows))
+    expected = [[-0.25, 0, 0.5, -0.3, -0.2], [0.75, 0, -0.5, -0.3, 0.8], [0, 1, 0, 0, 0]]
+    torch.testing.assert_close(encoded, torch.tensor(expected))
+    # Patients who are as published have inputs of mean zero, and made-up records are such patients.
+    drawn = records_from_dictionary(known, features, 4000, torch.Generator().manual_seed(0))
+    present = drawn[drawn[:, 1] == 0]
+    assert present[:, 0].mean().abs() < 0.05
+    assert drawn[:, 2:].mean(dim=0).abs().max() < 0.03
+    assert sorted(set(drawn[:, 2].tolist())) == pytest.approx([-0.5, 0.5])
+
+
+@pytest.mark.parametrize("shares", [[0.5, 0.4, 0.2], [1.0], [1.2, -0.1, -0.1]])
+def test_shares_that_are_none_are_refused(shares: list[float]) -> None:
+    with pytest.raises(ValueError, match="shares"):
+        Column(name="cp", kind="categorical", categories=(1, 2, 3), shares=tuple(shares))
+    with pytest.raises(ValueError, match="shares belong to binary and categorical"):
+        Column(name="age", kind="numeric", range=(0, 1), shares=(0.5, 0.5))
 
 
 def test_an_empty_column_is_zeros_and_its_indicator(table_of: MakeTable) -> None:
