@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 # Propensities are held within, so that no single patient's weight decides an estimate.
-_TRIM = 0.01
+TRIM = 0.01
 
 
 def sqrt_pehe(effect: Floats, truth: Floats) -> float:
@@ -35,7 +35,7 @@ def doubly_robust(
     Their means are right where either the outcomes or the propensity are (AIPW; Robins, Rotnitzky
     & Zhao 1994). Propensities are held within [0.01, 0.99].
     """
-    held = np.clip(propensity, _TRIM, 1 - _TRIM)
+    held = np.clip(propensity, TRIM, 1 - TRIM)
     with_it = mu1 + (treated > 0) * (outcome - mu1) / held
     without = mu0 + (treated <= 0) * (outcome - mu0) / (1 - held)
     return without, with_it
@@ -67,7 +67,7 @@ def outside_overlap(propensity: Floats, margin: float = 0.1) -> float:
 def effective_share(treated: Floats, propensity: Floats) -> float:
     """Kish's effective sample size of the inverse propensity weights, as a share of the patients;
     of the smaller arm's."""
-    held = np.clip(propensity, _TRIM, 1 - _TRIM)
+    held = np.clip(propensity, TRIM, 1 - TRIM)
     shares = []
     for arm, chance in ((treated > 0, held), (treated <= 0, 1 - held)):
         weights = 1 / chance[arm]

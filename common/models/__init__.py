@@ -16,7 +16,7 @@ from common.models.networks import Student, Teacher
 from common.models.pretrained import PinnedEncoder
 from common.modelspec import LoraSpec, MlpSpec
 from common.study import Study
-from common.tasks import task_of
+from common.tasks import shared_numbers, task_of
 
 __all__ = [
     "Student",
@@ -34,11 +34,20 @@ def build_teacher(study: Study, features: FeatureMap) -> Teacher:
     with _drawing(study.seed):
         encoder, width = family_of(spec).encoder(spec, features)
     skip = features.numbers if isinstance(spec, MlpSpec) and spec.skip else 0
-    outputs, speaks = task_of(study).outputs, study.dictionary.asks == "language"
-    teacher = Teacher(encoder, width=width, skip=skip, outputs=outputs, bias=not speaks)
+    task, speaks = task_of(study), study.dictionary.asks == "language"
+    teacher = Teacher(
+        encoder,
+        width=width,
+        skip=skip,
+        outputs=task.outputs,
+        bias=not speaks,
+        shared=shared_numbers(task),
+    )
     initialise(teacher, seed=study.seed)
     if not speaks:
-        nn.init.zeros_(teacher.head.weight)  # before the first patient, no opinion
+        for layer in teacher.head.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.zeros_(layer.weight)  # before the first patient, no opinion
     if study.finetune.lora is not None:
         # A head that learned on public texts is a layer like others: frozen, or corrected by name.
         _adapt(teacher if speaks else encoder, study.finetune.lora, seed=study.seed)

@@ -15,20 +15,29 @@ class Teacher(nn.Module):
     """An encoder, pre-trained on public data, and a linear head for the study's question.
 
     ``skip`` > 0: the head also sees the first ``skip`` raw inputs ("wide and deep", Cheng et al.
-    2016): under strong noise the linear part learns first. ``bias``: the head has one.
+    2016): under strong noise the linear part learns first. ``bias``: the head has one. ``shared``:
+    so many numbers follow each answer that are everybody's (``SharedHead``).
     """
 
     def __init__(
-        self, encoder: nn.Module, *, width: int, skip: int, outputs: int, bias: bool = True
+        self,
+        encoder: nn.Module,
+        *,
+        width: int,
+        skip: int,
+        outputs: int,
+        bias: bool = True,
+        shared: int = 0,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.width = width
         self.skip = skip
-        self.head = nn.Linear(width + skip, outputs, bias=bias)
+        linear = nn.Linear(width + skip, outputs, bias=bias)
+        self.head = SharedHead(linear, shared) if shared else linear
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Answers [rows, outputs]."""
+        """Answers [rows, outputs + shared]."""
         return self.head(self.represent(inputs))  # type: ignore[no-any-return]
 
     def represent(self, inputs: Tensor) -> Tensor:
@@ -36,6 +45,24 @@ class Teacher(nn.Module):
         answers = self.encoder.recall if isinstance(self.encoder, PinnedEncoder) else self.encoder
         code: Tensor = answers(inputs)
         return torch.cat([code, inputs[:, : self.skip]], dim=1) if self.skip else code
+
+
+class SharedHead(nn.Module):
+    """A linear head and, behind each of its answers, ``shared`` numbers that no input changes.
+
+    They are the weights of a layer that sees a 1 of every record, so that a record's gradient of
+    them is one of a Linear layer like others.
+    """
+
+    def __init__(self, linear: nn.Linear, shared: int) -> None:
+        super().__init__()
+        self.linear = linear
+        self.shared = nn.Linear(1, shared, bias=False)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """[rows, width] → [rows, outputs + shared]."""
+        ones = codes.new_ones(len(codes), 1)
+        return torch.cat([self.linear(codes), self.shared(ones)], dim=1)
 
 
 class Student(nn.Module):

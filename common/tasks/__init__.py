@@ -14,13 +14,23 @@ from common.tasks.language import language
 from common.tasks.prognosis import prognosis, prognosis_by_mass
 from common.tasks.regression import regression
 from common.tasks.several import several
-from common.tasks.task import Floats, Measure, Task, Unreleased
-from common.tasks.treatment import treatment, treatment_effect
+from common.tasks.task import Floats, Measure, Task, Unreleased, shared_numbers
+from common.tasks.treatment import treatment, treatment_effect, treatment_targeted
 
 if TYPE_CHECKING:
     from common.study import Study
 
-__all__ = ["TASKS", "Entry", "Floats", "Measure", "Task", "Unreleased", "task_named", "task_of"]
+__all__ = [
+    "TASKS",
+    "Entry",
+    "Floats",
+    "Measure",
+    "Task",
+    "Unreleased",
+    "shared_numbers",
+    "task_named",
+    "task_of",
+]
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ TASKS: dict[str, Entry] = {
     "prognosis-mass": Entry(prognosis_by_mass, ("table", "image"), ("survival",)),
     "treatment": Entry(treatment, ("table", "image"), ("effect",)),
     "treatment-effect": Entry(treatment_effect, ("table", "image"), ("effect",)),
+    "treatment-targeted": Entry(treatment_targeted, ("table", "image"), ("effect",)),
 }
 
 

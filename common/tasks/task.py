@@ -115,6 +115,12 @@ class Task(Protocol):
         ...
 
 
+def shared_numbers(task: Task) -> int:
+    """How many numbers that are the same for all records follow each of a teacher's answers: what a
+    task calls ``shared``, and most do not have. A student, which only answers, has none."""
+    return int(getattr(task, "shared", 0))
+
+
 def means_of_units(each: Floats, owners: NDArray[np.int64]) -> Floats:
     """Mean of every unit's records [units, k], from ``each`` record [rows, k] and whose it is
     [rows]: a unit of many records weighs no more than one of one."""

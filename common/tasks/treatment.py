@@ -14,17 +14,21 @@ from numpy.typing import NDArray
 
 from common.dictionary import Dictionary
 from common.labels import EffectLabel
-from common.learning.effect_metrics import factual_rmse, sqrt_pehe
+from common.learning.effect_metrics import TRIM, factual_rmse, sqrt_pehe
 from common.tasks.task import Floats, Measure, Unreleased
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Form = Literal["arms", "effect"]
+Form = Literal["arms", "effect", "targeted"]
 
-# What a patient's propensity weighs beside the squared error of the scaled outcome (Shi et al.
-# 2019 take 1).
+# What a patient's propensity, and the squared error of the perturbed outcome, weigh beside the
+# squared error of the scaled outcome (Shi et al. 2019 take 1 for both).
 _ALPHA = 1.0
+_BETA = 1.0
+# How loud the shared number is that ε is made of: with an even chance of treatment, where h = ±2,
+# a step moves the perturbed outcome as far as a bias would. ε itself is free to be anything.
+_LOUDNESS = 0.5
 
 _PEHE = Measure("sqrt_pehe", "√PEHE", higher_is_better=False, bounds=(0.0, None))
 _ATE = Measure("ate_error", "ATE error", higher_is_better=False, bounds=(0.0, None))
@@ -43,7 +47,10 @@ class Treatment(Unreleased):
     DragonNet, Shi et al. 2019), each learned from its own arm. ``effect``: the effect is itself an
     output, so that weight decay and an early stop draw it towards one effect for all, and the
     student learns it from the teacher's imputed effects, as the X-learner's second stage does
-    (Künzel et al. 2019).
+    (Künzel et al. 2019). ``targeted``: as ``arms``, with targeted regularisation (Shi et al. 2019,
+    section 3): the teacher's answers are [rows, 4], the last an ε that all patients share. It
+    perturbs the outcomes to Q̃(t, x) = Q(t, x) + ε h, h = t/g − (1 − t)/(1 − g) with the propensity
+    g; the squared error of Q̃ is learned beside that of Q, and Q̃ is what the teacher says.
     """
 
     name: str
@@ -51,6 +58,11 @@ class Treatment(Unreleased):
     form: Form = "arms"
 
     outputs = 3
+
+    @property
+    def shared(self) -> int:
+        """ε, where there is one."""
+        return 1 if self.form == "targeted" else 0
 
     @property
     def measures(self) -> tuple[Measure, ...]:
@@ -67,18 +79,22 @@ class Treatment(Unreleased):
         return torch.from_numpy(np.stack([labels[:, 0], outcome], axis=1).astype(np.float32))
 
     def loss(self, answers: Tensor, targets: Tensor) -> Tensor:
-        """Squared error of the outcome that was seen, and the propensity's cross-entropy [rows]."""
+        """Squared error of the outcome that was seen, and the propensity's cross-entropy [rows];
+        with ε the squared error of the perturbed outcome as well."""
         import torch
         from torch.nn import functional
 
-        mu0, mu1 = self._outcomes(answers)
         treated, outcome = targets[:, 0], targets[:, 1]
-        # Only the arm that the patient was in has a gradient.
-        guess = torch.where(treated > 0, mu1, mu0)
+
+        def error(mu0: Tensor, mu1: Tensor) -> Tensor:
+            # Only the arm that the patient was in has a gradient.
+            return (torch.where(treated > 0, mu1, mu0) - outcome).square()
+
         chance = functional.binary_cross_entropy_with_logits(
             answers[:, 2], treated.to(answers.dtype), reduction="none"
         )
-        return (guess - outcome).square() + _ALPHA * chance
+        found = error(*self._outcomes(answers[:, :3])) + _ALPHA * chance
+        return found + _BETA * error(*self._outcomes(answers)) if self.shared else found
 
     def distill_loss(self, answers: Tensor, taught: Tensor, temperature: float) -> Tensor:
         """Squared error of the outcomes (or outcome and effect) and the softened propensity's
@@ -90,7 +106,7 @@ class Treatment(Unreleased):
         chance = functional.binary_cross_entropy_with_logits(
             answers[:, 2] / temperature, wanted, reduction="none"
         )
-        apart = (answers[:, :2] - taught[:, :2]).square().sum(dim=1)
+        apart = (answers[:, :2] - _perturbed(taught)).square().sum(dim=1)
         return apart + _ALPHA * chance * temperature**2
 
     def predictions(self, answers: Tensor, inputs: Tensor) -> Tensor:  # noqa: ARG002
@@ -118,9 +134,23 @@ class Treatment(Unreleased):
         return found
 
     def _outcomes(self, answers: Tensor) -> tuple[Tensor, Tensor]:
-        """Scaled outcomes without and with treatment [rows] each."""
-        mu0, second = answers[:, 0], answers[:, 1]
-        return mu0, second if self.form == "arms" else mu0 + second
+        """Scaled outcomes without and with treatment [rows] each; perturbed where ε is there."""
+        mu0, second = _perturbed(answers).unbind(dim=1)
+        return mu0, mu0 + second if self.form == "effect" else second
+
+
+def _perturbed(answers: Tensor) -> Tensor:
+    """The first two numbers of ``answers`` [rows, 3 or 4]: as they are, or perturbed by ε, the
+    last. The propensity is held within [0.01, 0.99], so that h is bounded."""
+    import torch
+
+    pair = answers[:, :2]
+    if answers.shape[1] == 3:  # a student says them as they are
+        return pair
+    treated = torch.sigmoid(answers[:, 2]).clamp(TRIM, 1 - TRIM)
+    untreated = torch.sigmoid(-answers[:, 2]).clamp(TRIM, 1 - TRIM)
+    clever = torch.stack([-1 / untreated, 1 / treated], dim=1)
+    return pair + _LOUDNESS * answers[:, 3:] * clever
 
 
 def treatment(name: str, dictionary: Dictionary) -> Treatment:
@@ -133,3 +163,9 @@ def treatment_effect(name: str, dictionary: Dictionary) -> Treatment:
     """The effect itself."""
     assert isinstance(dictionary.label, EffectLabel)  # noqa: S101
     return Treatment(name, dictionary.label, "effect")
+
+
+def treatment_targeted(name: str, dictionary: Dictionary) -> Treatment:
+    """An outcome of each arm, under targeted regularisation."""
+    assert isinstance(dictionary.label, EffectLabel)  # noqa: S101
+    return Treatment(name, dictionary.label, "targeted")

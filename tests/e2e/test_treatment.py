@@ -24,7 +24,7 @@ def ihdp() -> Path:
     return folder_of("treatment_effect/ihdp", "ihdp_npci_1.csv")
 
 
-@pytest.mark.parametrize("task", ["treatment", "treatment-effect"])
+@pytest.mark.parametrize("task", ["treatment", "treatment-effect", "treatment-targeted"])
 def test_effect_is_found_together(ihdp: Path, tmp_path: Path, task: str) -> None:
     study = load_study(EXAMPLES / "ihdp.toml").revised(
         task=task, finetune__rounds=30, distill__steps=600, **NON_PRIVATE
@@ -38,18 +38,30 @@ def test_effect_is_found_together(ihdp: Path, tmp_path: Path, task: str) -> None
     assert "Doubly robust" in page
 
 
-def test_secure_sums_and_both_engines(ihdp: Path, tmp_path: Path) -> None:
-    study = load_study(EXAMPLES / "ihdp.toml").revised(finetune__rounds=2, distill__steps=20)
+@pytest.mark.parametrize(
+    ("task", "on"), [("treatment", "public"), ("treatment-targeted", "patients")]
+)
+def test_secure_sums_and_both_engines(ihdp: Path, tmp_path: Path, task: str, on: str) -> None:
+    study = load_study(EXAMPLES / "ihdp.toml").revised(
+        task=task,
+        finetune__rounds=2,
+        distill__on=on,
+        distill__rounds=2,
+        distill__steps=20,
+        distill__optimiser={"kind": "sgd", "learning_rate": 0.1},
+    )
     run = simulate(study, tmp_path / "sums", ihdp, quiet, noise_seed=1)
     assert np.isfinite(summarise(run)["all"]["student"]["sqrt_pehe"])
     engines: tuple[Engine, ...] = ("stacked", "one-by-one")
     local = study.revised(privacy__trust="local")
     stacked, single = (
-        load_tensors(
-            simulate(local, tmp_path / engine, ihdp, quiet, noise_seed=1, engine=engine).path
-            / "teacher.safetensors"
-        )
+        simulate(local, tmp_path / engine, ihdp, quiet, noise_seed=1, engine=engine).path
         for engine in engines
     )
-    for key in stacked:
-        np.testing.assert_allclose(stacked[key].numpy(), single[key].numpy(), atol=1e-5)
+    for model in ("teacher", "student"):
+        one, other = (load_tensors(run / f"{model}.safetensors") for run in (stacked, single))
+        assert one.keys() == other.keys()
+        for key in one:
+            np.testing.assert_allclose(one[key].numpy(), other[key].numpy(), atol=1e-5)
+    if task == "treatment-targeted":  # ε was learned from patients, and kept
+        assert load_tensors(stacked / "teacher.safetensors")["head.shared.weight"].abs() > 0

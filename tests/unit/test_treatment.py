@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from common.dictionary import Dictionary
+from common.features import FeatureMap, range_scaling
 from common.learning.effect_metrics import (
     doubly_robust,
     effective_share,
@@ -17,8 +19,11 @@ from common.learning.effect_metrics import (
     outside_overlap,
     policy_scores,
 )
+from common.models import build_student, build_teacher, count_parameters, learner
+from common.study import load_study
 from common.tasks import task_named
 from common.tasks.treatment import Treatment
+from simulations.bench.trained import EXAMPLES
 
 
 def task(name: str = "treatment", *, truth: bool = True) -> Treatment:
@@ -69,12 +74,103 @@ def test_predictions_are_in_the_labels_unit() -> None:
     assert task("treatment-effect").predictions(answers, answers)[0].tolist() == [11.0, 13.0, 0.5]
 
 
-@pytest.mark.parametrize("name", ["treatment", "treatment-effect"])
+@pytest.mark.parametrize("name", ["treatment", "treatment-effect", "treatment-targeted"])
 def test_a_student_that_answers_alike_has_nothing_to_learn(name: str) -> None:
     taught = torch.randn(4, 3)
     answers = taught.clone().requires_grad_()
     task(name).distill_loss(answers, taught, 2.0).sum().backward()
     assert answers.grad is not None and answers.grad.abs().max() < 1e-6
+
+
+def clever(treated: Tensor, chance: Tensor) -> Tensor:
+    """h of Shi et al. (2019, section 3), as they write it."""
+    return treated / chance - (1 - treated) / (1 - chance)
+
+
+def test_targeted_loss_by_hand() -> None:
+    answers = torch.tensor([[0.5, 1.0, 0.0, 0.4], [0.5, 1.0, 0.0, 0.4]])
+    found = task("treatment-targeted").loss(answers, task().targets(LABELS)).numpy()
+    # ε = 0.2 and h = ±2: perturbed outcomes are 1.4 and 0.1, where 2 and −1 were seen.
+    arms = task().loss(answers[:, :3], task().targets(LABELS)).numpy()
+    assert found - arms == pytest.approx([0.6**2, 1.1**2], rel=1e-5)
+
+
+def test_targeted_gradient_is_that_of_the_papers_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    answers = torch.randn(50, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    treated = (torch.rand(50, generator=generator) < 0.5).double()
+    outcome = torch.randn(50, generator=generator, dtype=torch.float64)
+    found = task("treatment-targeted").loss(answers, torch.stack([treated, outcome], dim=1))
+
+    mu0, mu1, logit, epsilon = answers.T
+    chance = 1 / (1 + torch.exp(-logit))
+    guess = treated * mu1 + (1 - treated) * mu0
+    perturbed = guess + epsilon / 2 * clever(treated, chance)
+    entropy = -(treated * torch.log(chance) + (1 - treated) * torch.log(1 - chance))
+    wanted = (guess - outcome) ** 2 + entropy + (perturbed - outcome) ** 2
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(found.sum(), answers)[0], torch.autograd.grad(wanted.sum(), answers)[0]
+    )
+
+
+def test_best_perturbation_is_the_least_squares_one() -> None:
+    """The fluctuation of targeted learning (van der Laan & Rubin 2006): the residuals regressed on
+    h. Where it is, Σ h (y − Q̃) = 0, which is what makes the mean effect doubly robust."""
+    x, chance, treated, outcome = (torch.from_numpy(one) for one in confounded(2000))
+    chance = chance.clamp(0.01, 0.99)
+    h = clever(treated, chance)
+    epsilon = (h @ outcome / (h @ h)).expand(len(x)).clone()  # of outcomes foreseen as 0
+    shared = (2 * epsilon[:1]).requires_grad_()
+    nothing = torch.zeros_like(x)
+    answers = torch.stack([nothing, nothing, torch.logit(chance), shared.expand(len(x))], dim=1)
+    targets = torch.stack([treated, outcome], dim=1)
+    task("treatment-targeted").loss(answers, targets).sum().backward()
+    assert shared.grad is not None and abs(float(shared.grad)) < 1e-6 * len(x)
+
+
+def test_the_answer_is_the_perturbed_outcome() -> None:
+    answers = torch.tensor([[0.5, 1.0, np.log(4), 0.4]])  # treated four times out of five
+    mu0, mu1, chance = task("treatment-targeted").predictions(answers, answers)[0].tolist()
+    assert chance == pytest.approx(0.8)
+    assert mu0 == pytest.approx(10 + 2 * (0.5 - 0.2 / 0.2))
+    assert mu1 == pytest.approx(10 + 2 * (1.0 + 0.2 / 0.8))
+
+
+def test_a_certain_treatment_asks_no_more_than_is_bounded() -> None:
+    logits = torch.tensor([-1e4, -100.0, -6.0, 6.0, 100.0, 1e4])
+    answers = torch.stack([0 * logits, 0 * logits, logits, 1 + 0 * logits], dim=1).requires_grad_()
+    for treated in (0.0, 1.0):
+        targets = torch.stack([torch.full_like(logits, treated), 0 * logits], dim=1)
+        loss = task("treatment-targeted").loss(answers, targets)
+        (asked,) = torch.autograd.grad(loss.sum(), answers)
+        assert torch.isfinite(loss).all() and torch.isfinite(asked).all()
+        assert asked[:, 3].abs().max() <= 2 * (0.5 * 100) ** 2 * 1.001
+
+
+def test_epsilon_is_one_number_of_the_teacher_alone() -> None:
+    study = load_study(EXAMPLES / "ihdp.toml").revised(task="treatment-targeted")
+    features = FeatureMap(study.dictionary, range_scaling(study.dictionary))
+    teacher, student = build_teacher(study, features), build_student(study, features)
+    with torch.no_grad():
+        for one in learner(study, teacher).parameters():
+            one.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(5, features.width, generator=torch.Generator().manual_seed(1))
+    answers = teacher(inputs)
+    assert answers.shape == (5, 4) and student(inputs).shape == (5, 3)
+    assert answers[:, 3].unique().numel() == 1 and answers[:, 2].unique().numel() == 5
+    alone = load_study(EXAMPLES / "ihdp.toml")
+    assert count_parameters(teacher) == count_parameters(build_teacher(alone, features)) + 1
+
+
+def test_the_student_learns_the_perturbed_outcomes() -> None:
+    taught = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    one = task("treatment-targeted")
+    said = (one.predictions(taught, taught)[:, :2] - 10) / 2
+    answers = torch.cat([said, taught[:, 2:3]], dim=1).requires_grad_()
+    one.distill_loss(answers, taught, 2.0).sum().backward()
+    assert answers.grad is not None and answers.grad.abs().max() < 1e-5
+    torch.testing.assert_close(one.predictions(answers, answers), one.predictions(taught, taught))
 
 
 def test_figures_by_hand() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from common.models.causal import CausalEncoder
 from common.models.lora import add_lora
+from common.models.networks import SharedHead
 from common.models.vision import VisionTransformer
 from common.modelspec import LoraSpec
 from common.privacy.plan import StepPlan
@@ -219,6 +220,10 @@ def pooled(*first: nn.Module) -> nn.Module:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "linear": (lambda: nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 3)), vectors),
+    "shared head": (
+        lambda: nn.Sequential(nn.Linear(8, 6), nn.Tanh(), SharedHead(nn.Linear(6, 2), 1)),
+        vectors,
+    ),
     "linear without bias": (lambda: nn.Linear(8, 3, bias=False), vectors),
     "bias only": (bias_only, vectors),
     "frozen encoder": (frozen_encoder, vectors),
