@@ -89,8 +89,9 @@ class TransformerSpec(Strict):
     """Attention over tokens, for texts and for the SMILES of molecules, which need the column's
     ``tokens``; trained from nothing.
 
-    ``layers``: 0 leaves a bag of words: the mean of their learned embeddings of ``width`` numbers.
-    As the student of a pre-trained teacher it learns a map of that model's word vectors.
+    ``layers``: 0 leaves a bag of words: of their learned embeddings of ``width`` numbers the mean,
+    and the largest of each number. As the student of a pre-trained teacher it learns a map of that
+    model's word vectors.
     """
 
     reads: ClassVar[tuple[str, ...]] = ("text", "molecule")

@@ -11,6 +11,7 @@ from torch import Tensor
 from common.dictionary import PADDING, Column, Dictionary
 from common.features import FeatureMap, centred_categories
 from common.learning.augment import DRAWS, augmented
+from common.learning.evaluate import answer
 from common.learning.gradients import batch_gradient
 from common.learning.loop import run
 from common.learning.words import words_of
@@ -47,14 +48,26 @@ def _distill(study: Study, teacher: Teacher, student: Student, corpus: Tensor) -
     with torch.no_grad():
         watched_answers = teacher(watched)
 
-    def objective() -> Tensor:
+    # Texts are drawn as they are: a teacher, which may be large, reads each only once. What it says
+    # of every token of every text would be too much to keep.
+    read_once = not corpus.is_floating_point() and study.dictionary.asks != "language"
+    known = answer(teacher, corpus) if read_once else None
+
+    def lesson() -> tuple[Tensor, Tensor]:
+        if known is not None:
+            chosen = torch.randint(len(corpus), (spec.batch,), generator=generator)
+            batch, taught = beside(teacher, corpus[chosen], known[chosen])
+            return batch, taught
         batch = draw(corpus, spec.batch, generator)
         if spec.augment is not None:
             draws = torch.rand(len(batch), DRAWS, generator=generator)
             batch = augmented(batch, draws, spec.augment)
         (batch,) = beside(teacher, batch)
         with torch.no_grad():
-            taught = teacher(batch)
+            return batch, teacher(batch)
+
+    def objective() -> Tensor:
+        batch, taught = lesson()
         with here().passing():
             answers = student(batch)
         return task.distill_loss(wide(answers), taught, spec.temperature).mean()

@@ -98,10 +98,10 @@ def _question(
         return teacher, partial(_next_tokens, task_of(study))
     encoder = teacher.encoder
     if isinstance(encoder, TokenEncoder):
-        outputs, loss = encoder.hidden_id, _hidden_tokens
+        width, outputs, loss = encoder.width, encoder.hidden_id, _hidden_tokens
     else:
-        outputs, loss = corpus[0].numel(), _hidden_error
-    decoder = nn.Linear(teacher.width, outputs)
+        width, outputs, loss = teacher.width, corpus[0].numel(), _hidden_error
+    decoder = nn.Linear(width, outputs)
     initialise(decoder, seed=study.seed + 2)
     return nn.Sequential(encoder, decoder).to(here().device), loss
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,41 @@ def test_padding_changes_no_answer() -> None:
     torch.testing.assert_close(encoder(short), encoder(short[:, :6]))
     torch.testing.assert_close(encoder(texts)[:1], encoder(short))
     assert torch.isfinite(encoder(torch.zeros(2, 12, dtype=torch.int64))).all()
+
+
+def test_a_bag_holds_the_mean_and_the_largest_of_its_words() -> None:
+    bag = TokenEncoder(vocabulary=5, length=4, width=2, layers=0, heads=1)
+    with torch.no_grad():
+        bag.words.weight[1:4] = torch.tensor([[1.0, -6.0], [-4.0, -2.0], [9.0, 9.0]])
+    texts = torch.tensor([[1, 2, 0, 0], [2, 0, 0, 0], [0, 0, 0, 0]])
+    wanted = torch.tensor([[-1.5, -4.0, 1.0, -2.0], [-4.0, -2.0, -4.0, -2.0], [0.0] * 4])
+    torch.testing.assert_close(bag(texts), wanted)
+    torch.testing.assert_close(bag(texts[1:2]), wanted[1:2])  # padded less
+
+
+def test_a_bags_gradient_of_each_text_is_its_own() -> None:
+    """As autograd finds it, text by text; a word that stands twice is largest twice."""
+    study = a_study()
+    student = build_student(study, features_of(study))
+    texts, targets = some_texts(), torch.arange(24) % 3
+    texts[0] = 0
+    texts[1, 1:3] = texts[1, 0]
+    found = PerRecordGradients(student, nn.CrossEntropyLoss(reduction="none"))(
+        get_vector(student), texts, targets
+    )
+    for row in range(len(texts)):
+        loss = nn.functional.cross_entropy(student(texts[[row]]), targets[[row]])
+        own = torch.autograd.grad(loss, list(student.parameters()))
+        torch.testing.assert_close(found[row], torch.cat([one.flatten() for one in own]))
+    assert found[0].isfinite().all()
+
+
+def test_a_bag_learns_the_hidden_tokens() -> None:
+    study = a_study(teacher__layers=0, pretrain={"steps": 3, "optimiser": SGD})
+    teacher = build_teacher(study, features_of(study))
+    before = get_vector(teacher)
+    assert math.isfinite(pretrain(study, teacher, features_of(study), some_texts()))
+    assert not get_vector(teacher).equal(before)
 
 
 class MixesTexts(nn.Module):
