@@ -56,8 +56,9 @@ _SPREADS = 10  # outcomes are held within so many spreads of their middle
 
 
 def treatment(data_folder: Path, jobs: int) -> dict[str, Any] | None:
-    """√PEHE of the student over all hospitals' test patients, mean over ten replicates each:
-    trained together, on pooled data, and (mean over all patients) by each hospital alone."""
+    """√PEHE and ATE error of the student over all hospitals' test patients, mean over ten
+    replicates each: trained together, together with targeted regularisation, on pooled data, and
+    (over all patients) by each hospital alone."""
     ihdp = find_folder(data_folder, "treatment_effect/ihdp", "ihdp_npci_1.csv")
     acic = find_folder(data_folder, "treatment_effect/acic2016", "zymu_1.csv")
     if ihdp is None or acic is None:
@@ -71,7 +72,7 @@ def treatment(data_folder: Path, jobs: int) -> dict[str, Any] | None:
 
 def _ihdp(arm: Arm, number: int, *, folder: Path) -> Mapping[str, float]:
     study = load_study(EXAMPLES / "ihdp.toml").revised(**NON_PRIVATE)
-    return {"ihdp_sqrt_pehe{}": _error(arm(ihdp_replicate(study, folder, number), folder))}
+    return _errors("ihdp", arm(ihdp_replicate(study, folder, number), folder))
 
 
 def _acic(arm: Arm, number: int, *, folder: Path) -> Mapping[str, float]:
@@ -79,15 +80,20 @@ def _acic(arm: Arm, number: int, *, folder: Path) -> Mapping[str, float]:
     with tempfile.TemporaryDirectory(prefix="consilium-acic-") as temporary:
         out = Path(temporary)
         study = acic_replicate(study, folder, number, out)
-        return {"acic_sqrt_pehe{}": _error(arm(study, out))}
+        return _errors("acic", arm(study, out))
 
 
-def _error(scores: list[Scores]) -> float:
-    return together(scores).figures["sqrt_pehe"]
+def _errors(name: str, scores: list[Scores]) -> Mapping[str, float]:
+    found = together(scores).figures
+    return {f"{name}_{key}{{}}": found[key] for key in ("sqrt_pehe", "ate_error")}
 
 
 def _trained_together(study: Study, data_folder: Path) -> list[Scores]:
     return student_scores(study, data_folder)
+
+
+def _trained_targeted(study: Study, data_folder: Path) -> list[Scores]:
+    return student_scores(study.revised(task="treatment-targeted"), data_folder)
 
 
 def _trained_pooled(study: Study, data_folder: Path) -> list[Scores]:
@@ -106,6 +112,7 @@ def _trained_alone(study: Study, data_folder: Path) -> list[Scores]:
 
 _ARMS: Mapping[str, Arm] = {
     "": _trained_together,
+    "_targeted": _trained_targeted,
     "_pooled": _trained_pooled,
     "_alone": _trained_alone,
 }
