@@ -48,9 +48,10 @@ def _distill(study: Study, teacher: Teacher, student: Student, corpus: Tensor) -
     with torch.no_grad():
         watched_answers = teacher(watched)
 
-    # Texts are drawn as they are: a teacher, which may be large, reads each only once. What it says
-    # of every token of every text would be too much to keep.
-    read_once = not corpus.is_floating_point() and study.dictionary.asks != "language"
+    # Texts are drawn as they are: a teacher, which may be large, reads each once, unless few of
+    # many are drawn. What it says of every token of every text would be too much to keep.
+    texts = not corpus.is_floating_point() and study.dictionary.asks != "language"
+    read_once = texts and len(corpus) <= spec.steps * spec.batch
     known = answer(teacher, corpus) if read_once else None
 
     def lesson() -> tuple[Tensor, Tensor]:
