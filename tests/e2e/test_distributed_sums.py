@@ -132,9 +132,7 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("silent")
 @pytest.mark.parametrize("stage", ["statistics", "evaluate"])
-@settings(
-    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(gone=st.none() | st.tuples(st.integers(0, HOSPITALS - 1), st.integers(0, 4)))
 def test_without_noise_the_sum_is_the_plain_sum(
     study: Study, stage: str, gone: tuple[int, int] | None
@@ -198,9 +196,7 @@ def integers(hospital: Hospital, stage: str, rows: Table) -> np.ndarray:
 
 
 @pytest.mark.parametrize("stage", ["statistics", "evaluate"])
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     value=st.sampled_from([0.0, 1.0, -4.0, 4.0, 1e300, -1e300, np.nan, 0.333]),
     records=st.integers(1, 30), label=st.integers(0, 1), others=st.integers(0, 30),

@@ -151,7 +151,6 @@ VARIATIONS = some.fixed_dictionaries(
 
 
 @settings(
-    deadline=None,
     max_examples=25,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -199,7 +199,7 @@ events_strategy = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(events_strategy, min_size=1, max_size=5),
     events_strategy,
@@ -215,7 +215,7 @@ def test_more_releases_never_cost_less(
     assert after >= before * 0.995 - 1e-6
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(events_strategy, st.floats(1.05, 4.0), st.sampled_from([ADD, REPLACE]))
 def test_more_noise_never_costs_more(one: GaussianEvent, factor: float, relation: Relation) -> None:
     quieter = epsilon([one], delta=1e-6, relation=relation)

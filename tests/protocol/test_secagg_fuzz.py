@@ -63,7 +63,7 @@ attacks = st.lists(
 )
 
 
-@settings(max_examples=800, deadline=None, database=None)
+@settings(max_examples=800, database=None)
 @given(attacks=attacks, seed=st.integers(0, 2**32))
 def test_the_right_sum_or_a_refusal(
     world: Any, attacks: list[tuple[int, int, bool, str]], seed: int
@@ -118,7 +118,7 @@ def check_nothing_leaked(one: Any) -> None:
     assert all(len(revealed) == 1 for revealed in kinds.values())
 
 
-@settings(max_examples=250, deadline=None, database=None)
+@settings(max_examples=250, database=None)
 @given(seed=st.integers(0, 2**32))
 def test_a_lying_coordinator_learns_no_single_vector(world: Any, seed: int) -> None:
     """It makes up sharers, survivors and signatures for each hospital as it likes."""

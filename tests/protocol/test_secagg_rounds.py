@@ -41,7 +41,7 @@ schedules = st.integers(3, 6).flatmap(
 )
 
 
-@settings(max_examples=1000, deadline=None, database=None)
+@settings(max_examples=1000, database=None)
 @given(schedule=schedules)
 def test_any_schedule_of_dropouts(
     world: Any, schedule: tuple[int, int, list[int], random.Random]

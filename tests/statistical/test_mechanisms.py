@@ -158,7 +158,7 @@ _ROWS = st.integers(1, 4).flatmap(
 _ROUNDING = 1 + 1e-5
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(rows=_ROWS, clip=st.sampled_from([0.01, 1.0, 37.5]))
 @example(rows=[[3.4027798592046407e38]], clip=0.01)  # its factor is subnormal
 def test_one_unit_moves_the_sum_by_at_most_the_clip_norm(
@@ -207,7 +207,7 @@ def first_words(stream: Stream) -> bytes:
     return stream.uniform(4).tobytes()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(first=_CONTEXT, second=_CONTEXT)
 def test_contexts_never_collide(
     first: tuple[bytes | str | int, ...], second: tuple[bytes | str | int, ...]

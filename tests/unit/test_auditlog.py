@@ -80,7 +80,7 @@ def test_an_edit_resigned_by_another_key_is_found(tmp_path: Path) -> None:
         AuditLog(path, HOSPITAL)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_changed_byte_is_found(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

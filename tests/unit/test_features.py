@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.dictionary import Column, Dictionary
@@ -139,7 +139,6 @@ def test_scaling_travels_as_a_tensor() -> None:
             scaling_from_tensor(MIXED, wrong)
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.floats(allow_nan=True, allow_infinity=True) | st.floats(min_value=0, max_value=1000),

@@ -67,9 +67,7 @@ def policy_for(folder: Path, release: dict[str, Any], budget: float) -> None:
     (folder / "policy.toml").write_text(tomli_w.dumps(policy))
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=STUDIES, release=RELEASES, budget=BUDGETS)
 def test_no_study_gets_what_the_policy_forbids(
     small: Study,

@@ -87,7 +87,7 @@ def moved(teacher: Teacher) -> Teacher:
 # Tokens
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.text(max_size=6))
 def test_bytes_are_read_again(text: str) -> None:
     ids = Bytes().encode([text], 32)[0]
@@ -273,7 +273,7 @@ def some_predictions(rows: int, seed: int, scale: float = 3.0) -> tuple[np.ndarr
     return tokens.numpy(), TASK.predictions(answers, tokens).double().numpy()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.floats(0, 1000), st.integers(1, 5))
 def test_a_patient_adds_at_most_one_however_wrong_the_model(
     seed: int, scale: float, each: int

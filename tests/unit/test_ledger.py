@@ -129,7 +129,7 @@ def test_overlapping_cohorts_share_their_patients_budget(world: World) -> None:
     world.reserve(["c", "new"])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.sets(st.sampled_from("abcdef"), min_size=1), min_size=1, max_size=12))
 def test_every_patients_history_is_known(
     tmp_path_factory: pytest.TempPathFactory, cohorts: list[set[str]]

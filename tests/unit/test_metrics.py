@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
@@ -82,7 +82,6 @@ def test_a_mean_has_students_interval() -> None:
     assert math.isnan(mean_interval([0.5]).low)
 
 
-@settings(deadline=None)
 @given(
     rows=st.lists(
         st.tuples(

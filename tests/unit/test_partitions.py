@@ -48,9 +48,7 @@ def cut(table: Table, spec: SimulationSpec, seed: int) -> list[Table]:
     concentration=st.sampled_from([0.01, 0.5, 100.0]),
     seed=st.integers(0, 1000),
 )
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_patient_is_whole_and_in_exactly_one_hospital(
     small: Study,
     make_table: Callable[..., Table],

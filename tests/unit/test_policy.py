@@ -125,7 +125,7 @@ def gaussian(noise: float, rate: float, steps: int) -> GaussianEvent | None:
         return None
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     request=st.builds(
         ReleaseRequest,

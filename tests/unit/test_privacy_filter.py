@@ -28,7 +28,7 @@ def test_sampling_amplifies_under_add_remove() -> None:
     assert renyi(sampled, order=5.0, relation=ADD) < renyi(whole, order=5.0, relation=ADD) / 100
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.floats(0.5, 10.0),
     st.sampled_from([1e-4, 1e-6]),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
@@ -142,7 +142,6 @@ def test_a_weighted_mean() -> None:
     assert mean([]).tolist() == [0.0, 0.0, 0.0]
 
 
-@settings(deadline=None)
 @given(
     st.permutations(range(8)),
     st.lists(st.floats(-1e6, 1e6, width=32), min_size=24, max_size=24),

@@ -38,7 +38,7 @@ def test_the_decoded_sum_is_the_sum_of_clipped_units() -> None:
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(seed=st.integers(0, 2**32), size=st.floats(1e-3, 1e3), scale=st.sampled_from([0.5, 3, 4096]))
 def test_sensitivity_of_every_unit(rounding: Any, seed: int, size: float, scale: float) -> None:
     encoding = Encoding(**SOUND | {"scale": scale, "rounding": rounding})
@@ -79,7 +79,7 @@ def test_a_unit_that_is_not_finite_counts_as_zero() -> None:
     assert not encoding.encode(np.empty((0, 20))).any()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     hospitals=st.integers(2, 40), power=st.integers(0, 20), units=st.integers(1, 300),
     multiplier=st.floats(0, 30), length=st.integers(1, 40), seed=st.integers(0, 2**32),

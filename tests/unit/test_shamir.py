@@ -29,7 +29,7 @@ def test_the_modulus_is_prime() -> None:
     assert shamir.PRIME > 2**256
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     secret=st.binary(min_size=32, max_size=32),
     count=st.integers(1, 9),

@@ -339,7 +339,7 @@ _NUMBERS = st.floats(min_value=1e-12, max_value=1e12)
 _WORDS = st.text(min_size=1, max_size=12)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     clip=_NUMBERS,
     epsilon=st.none() | _NUMBERS,
