@@ -1,7 +1,7 @@
 """The data dictionary: what each column means, in public terms every hospital agrees on.
 
-Everything here is public. In particular ``range`` and ``typical`` come from the literature or the
-device, never from patients' rows.
+Everything here is public. In particular ``range``, ``typical`` and ``shares`` come from the
+literature or the device, never from patients' rows.
 """
 
 from __future__ import annotations
