@@ -22,6 +22,7 @@ class CausalEncoder(nn.Module):
     def __init__(self, *, vocabulary: int, length: int, width: int, layers: int, heads: int):
         super().__init__()
         self.start_id = vocabulary
+        self.code_width = width
         # A head's answers, their logarithms and their derivatives, beside the layers' own.
         self.record_numbers = 3 * length * vocabulary + activations(
             length=length, width=width, layers=layers, heads=heads

@@ -101,7 +101,7 @@ def _token_encoder(
         layers=spec.layers,
         heads=spec.heads,
     )
-    return encoder, spec.width if spec.layers else 2 * spec.width  # see ``TokenEncoder``
+    return encoder, encoder.code_width
 
 
 def _causal_student(spec: Any, features: FeatureMap, outputs: int) -> nn.Module:

@@ -12,7 +12,7 @@ from common.models.attention import Block
 
 
 class TokenEncoder(nn.Module):
-    """Records [rows, …], whose last inputs are ``length`` token ids → code [rows, width]:
+    """Records [rows, …], whose last inputs are ``length`` token ids → code [rows, code_width]:
     embeddings, blocks, and the mean over tokens.
 
     ``layers = 0`` is a bag of words, whose code [rows, 2 · width] is the mean of their learned
@@ -25,6 +25,7 @@ class TokenEncoder(nn.Module):
         super().__init__()
         self.hidden_id = vocabulary
         self.width = width
+        self.code_width = width if layers else 2 * width
         self.length = length
         self.record_numbers = activations(length=length, width=width, layers=layers, heads=heads)
         self.words = nn.Embedding(vocabulary + 1, width, padding_idx=PADDING)
